@@ -1,0 +1,168 @@
+"""The registry of backends: what each must offer, which are here, and the rule that picks one.
+
+The boundary
+------------
+Everything that is fused is one of a few functions over tensors that the caller allocates.  A backend is a
+module with these names; it holds no state and allocates nothing of the size of the logits.
+
+``token_logps_fwd(logits, targets, logps, lse, *, ignore_index)``
+    One read of the logits.  Row ``r = s * T + t`` is ``logits[s, t, :]``.
+
+    - logits   (S, T, V), last stride 1, any non-negative strides on the first two; float32, bfloat16, float16
+      (float64 too in ``torch_ops``)
+    - targets  (S*T,) int64, contiguous: the word that row r has to predict, ``ignore_index`` where there is none
+    - logps    (S*T,) out, float32 (float64 for float64 logits): ``z[y] - logsumexp(z)``; 0 where ignored;
+      NaN where the target is outside [0, V) and is not ``ignore_index``
+    - lse      (S*T,) out, same dtype as logps: ``logsumexp(z)`` in nats; unspecified where ignored
+
+    An ignored row is not read.  A row of logits that holds NaN or +inf, or only -inf, gives NaN, as
+    ``torch.log_softmax`` does.
+
+``token_logps_bwd(logits, targets, lse, grad_logps, grad_logits, *, ignore_index)``
+    One read of the logits and one write: ``grad_logits[r, v] = grad_logps[r] * ((v == targets[r]) - exp(z[v] - lse[r]))``.
+
+    - grad_logps   (S*T,) same dtype as lse, contiguous; not looked at where the row is ignored
+    - grad_logits  out, shape, dtype and last stride of logits; may be the very same memory (in place);
+      zeros where ignored, NaN over the row where the target is out of range
+
+    The target entry is computed in the accumulation dtype as ``-grad * expm1(z[y] - lse)``.
+
+``preference_tail(token_logps, targets, cu_seqlens, ref_logps, group_ids, pair_weights, policy_logps, lengths,
+margins, losses, slopes, group_sums, group_counts, *, loss_type, beta, label_smoothing, length_normalize,
+ignore_index)``
+    From token log-probabilities to losses and slopes, in one launch and in a fixed order of reduction.
+    2B sequences, the B chosen first.  Sums over tokens and the margin are taken in float64: a reply's logp
+    is in the hundreds, a margin near 0, and float32 would lose the difference.
+
+    - token_logps  (rows,) float32 or float64, contiguous, 0 where ignored
+    - targets      (rows,) int64, or None: then ``lengths`` is read instead of written
+    - cu_seqlens   (2B+1,) int32: sequence i is rows ``[cu[i], cu[i+1])``; None: ``rows // 2B`` rows each
+    - ref_logps    (2B,) float64 sums, or None for zeros
+    - group_ids    (B,) int64; one outside [0, G) makes that pair NaN and is left out of the group sums
+    - pair_weights (B,) float64, or None for ones
+    - policy_logps (2B,) out, dtype of token_logps, always the plain sums
+    - lengths      (2B,) float64: labelled tokens of each sequence (out), or what to divide by (in)
+    - margins, losses, slopes (B,) out, dtype of token_logps; losses and slopes carry the pair weight
+    - group_sums   (G,) out, float64: sum of losses over the pairs of each group
+    - group_counts (G,) out, int64
+    - loss_type    index into ``types.LOSS_TYPES``
+
+    With ``length_normalize`` policy and reference are divided by ``max(length, 1)`` before the margin.
+
+Every backend gives the same bits on every run (no floating-point atomics), whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from types import ModuleType
+from typing import Protocol, cast
+
+import torch
+
+from ..types import UnavailableBackendError
+
+
+class Backend(Protocol):
+    """What a backend module offers, besides the functions of the boundary (see the module's docstring)."""
+
+    def unavailable_reason(self) -> str | None:
+        """None if the backend can run in this process, else one sentence that says why not."""
+
+    def unsupported_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """None if the backend takes logits of this dtype on this device, else one sentence."""
+
+    def token_logps_fwd(self, logits, targets, logps, lse, *, ignore_index) -> None: ...
+
+    def token_logps_bwd(self, logits, targets, lse, grad_logps, grad_logits, *, ignore_index) -> None: ...
+
+    def preference_tail(
+        self, token_logps, targets, cu_seqlens, ref_logps, group_ids, pair_weights,
+        policy_logps, lengths, margins, losses, slopes, group_sums, group_counts,
+        *, loss_type, beta, label_smoothing, length_normalize, ignore_index,
+    ) -> None: ...  # fmt: skip
+
+
+_MODULES = {
+    "cpu": "native_cpu",
+    "cuda": "native_cuda",
+    "triton": "triton",
+    "torch": "torch_ops",
+}
+"""Name → module beside this file, in the order in which ``auto`` prefers them."""
+
+PROVEN: dict[tuple[str, str], str] = {}
+"""(backend, kind of device) → the recorded passing run that lets ``auto`` pick it, under ``benchmarks/results/``.
+
+``torch`` needs no entry: PyTorch's own operations are the fallback everywhere.
+"""
+
+
+def device_kind(device: torch.device) -> str:
+    """The key under which a device's runs are recorded: an architecture for CPUs, a vendor for GPUs."""
+    if device.type == "cpu":
+        return "cpu-" + {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
+    if device.type == "cuda":
+        if torch.version.hip is not None:
+            return "amd"
+        return "nvidia-sm80+" if torch.cuda.get_device_capability(device) >= (8, 0) else "nvidia-older"
+    return device.type
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend by name: None where it can run in this process, else the reason it cannot."""
+    return {name: _unavailable_reason(name) for name in _MODULES}
+
+
+def choose(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend for logits of this dtype on this device.
+
+    ``auto`` takes the first backend, in the order of the registry, that is here, takes the dtype and device, and
+    has a recorded passing run on this kind of device; plain PyTorch stands last and is always there.
+
+    Raises:
+        ValueError: no backend has this name.
+        UnavailableBackendError: the one named is not here, or does not take this dtype on this device.
+    """
+    if name == "auto":
+        return _choose_auto(device, dtype)
+    if name not in _MODULES:
+        raise ValueError(f"backend must be 'auto' or one of {sorted(_MODULES)}, got {name!r}")
+    reason = _unavailable_reason(name)
+    if reason is None:
+        reason = _load(name).unsupported_reason(device, dtype)
+    if reason is not None:
+        raise UnavailableBackendError(f"backend={name!r} cannot be used here: {reason}")
+    return _load(name)
+
+
+_auto_cache: dict[tuple[torch.device, torch.dtype], Backend] = {}
+
+
+def _choose_auto(device: torch.device, dtype: torch.dtype) -> Backend:
+    # The answer cannot change within a process, and asking anew would cost more than a small call's kernels.
+    chosen = _auto_cache.get((device, dtype))
+    if chosen is None:
+        kind = device_kind(device)
+        for name in _MODULES:
+            proven = name == "torch" or (name, kind) in PROVEN
+            if proven and _unavailable_reason(name) is None and _load(name).unsupported_reason(device, dtype) is None:
+                chosen = _load(name)
+                break
+        else:  # pragma: no cover - torch takes every floating dtype, which callers have checked
+            raise UnavailableBackendError(f"no backend takes {dtype} on {device}")
+        _auto_cache[(device, dtype)] = chosen
+    return chosen
+
+
+def _load(name: str) -> Backend:
+    module: ModuleType = importlib.import_module("." + _MODULES[name], __package__)
+    return cast(Backend, module)
+
+
+def _unavailable_reason(name: str) -> str | None:
+    try:
+        return _load(name).unavailable_reason()
+    except ModuleNotFoundError as error:
+        return f"not part of this installation ({error})"
