@@ -1,0 +1,24 @@
+"""Group *Robust* Preference Optimization (GR-DPO, GR-IPO; Ramesh et al. 2024), not Group *Relative* Policy Optimization.
+
+The loss is :func:`fused_grpo_loss`; the weights of the groups live in :class:`GroupWeights`.
+"""
+
+from .backends import backends
+from .functional import fused_grpo_loss, preference_loss, sequence_logps, token_logps
+from .group_weights import GroupWeights, exponentiated_step
+from .types import GroupLossOutput, LossType, UnavailableBackendError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GroupLossOutput",
+    "GroupWeights",
+    "LossType",
+    "UnavailableBackendError",
+    "backends",
+    "exponentiated_step",
+    "fused_grpo_loss",
+    "preference_loss",
+    "sequence_logps",
+    "token_logps",
+]

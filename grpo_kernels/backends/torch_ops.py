@@ -143,7 +143,7 @@ def _value_and_slope(
 
 def _segment_sum(values: torch.Tensor, cu_seqlens: torch.Tensor | None, segments: int) -> torch.Tensor:
     if cu_seqlens is None:
-        return values.view(segments, -1).sum(dim=1) if segments else values.new_zeros(0)
+        return values.view(segments, values.shape[0] // max(segments, 1)).sum(dim=1)
     return torch.segment_reduce(values, "sum", offsets=cu_seqlens.long(), initial=0, unsafe=True)
 
 

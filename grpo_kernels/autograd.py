@@ -1,0 +1,138 @@
+"""The autograd Functions, and the only file that knows ``ctx``.
+
+Two of them make the loss.  ``TokenLogps`` holds the one read of the vocabulary forward and the one read and write
+backward; ``PreferenceTail`` is everything from there to the losses of the pairs.  Between them backward passes one
+number a row: ``c_t``, in which the slopes, the group weights and whatever else was added to the log-probabilities
+have already met.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .backends import Backend
+
+
+class TokenLogps(torch.autograd.Function):
+    """logits → log-probability of each row's target; saves logits, targets and (rows,) lse."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, ignore_index: int, overwrite: bool, backend: Backend
+    ) -> torch.Tensor:
+        """(2B, T, V) or (rows, V), and (rows,) int64 → (rows,)."""
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        logps = torch.empty(targets.shape, dtype=dtype, device=logits.device)
+        lse = torch.empty_like(logps)
+        backend.token_logps_fwd(_rows(logits), targets, logps, lse, ignore_index=ignore_index)
+        ctx.save_for_backward(logits, targets, lse)
+        ctx.ignore_index, ctx.overwrite, ctx.backend = ignore_index, overwrite, backend
+        return logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logps: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        logits, targets, lse = ctx.saved_tensors
+        logits = logits.detach()
+        grad = logits if ctx.overwrite else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        ctx.backend.token_logps_bwd(
+            _rows(logits), targets, lse, grad_logps.contiguous(), _rows(grad), ignore_index=ctx.ignore_index
+        )
+        if ctx.overwrite:
+            # As after any in-place operation: whoever saved these logits, this node too, must not use them again.
+            torch.autograd.graph.increment_version(logits)
+        return grad, None, None, None, None
+
+
+class PreferenceTail(torch.autograd.Function):
+    """Token log-probabilities → (policy_logps, losses, margins, lengths, group_sums, group_counts).
+
+    The first two carry gradients.  Saves slopes (B,) and, where it normalises, lengths (2B,).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        token_logps: torch.Tensor,
+        targets: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+        ref_logps: torch.Tensor | None,
+        group_ids: torch.Tensor,
+        pair_weights: torch.Tensor | None,
+        lengths: torch.Tensor | None,
+        num_groups: int,
+        backend: Backend,
+        settings: dict[str, Any],
+    ) -> tuple[torch.Tensor, ...]:
+        num_pairs, device = group_ids.shape[0], token_logps.device
+        policy_logps = token_logps.new_empty(2 * num_pairs)
+        # An output either way, and autograd would take an input that is handed back for a view.
+        lengths = (
+            torch.empty(2 * num_pairs, dtype=torch.float64, device=device) if lengths is None else lengths.clone()
+        )
+        margins, losses, slopes = (token_logps.new_empty(num_pairs) for _ in range(3))
+        group_sums = torch.empty(num_groups, dtype=torch.float64, device=device)
+        group_counts = torch.empty(num_groups, dtype=torch.int64, device=device)
+        backend.preference_tail(
+            token_logps, targets, cu_seqlens, ref_logps, group_ids, pair_weights,
+            policy_logps, lengths, margins, losses, slopes, group_sums, group_counts, **settings,
+        )  # fmt: skip
+        ctx.save_for_backward(slopes, lengths if settings["length_normalize"] else None, cu_seqlens)
+        ctx.rows = token_logps.shape[0]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(margins, lengths, group_sums, group_counts)
+        return policy_logps, losses, margins, lengths, group_sums, group_counts
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_policy_logps: torch.Tensor | None, grad_losses: torch.Tensor | None, *_: Any
+    ) -> tuple[torch.Tensor | None, ...]:
+        slopes, lengths, cu_seqlens = ctx.saved_tensors
+        scale = None  # c of each sequence: (2B,), + for chosen, - for rejected
+        if grad_losses is not None:
+            scale = grad_losses * slopes
+            scale = torch.cat([scale, -scale])
+            if lengths is not None:
+                scale = scale / lengths.clamp(min=1).to(scale.dtype)
+        if grad_policy_logps is not None:
+            scale = grad_policy_logps if scale is None else scale + grad_policy_logps
+        grad = None if scale is None else _expand(scale, cu_seqlens, ctx.rows)
+        return (grad,) + (None,) * 9
+
+
+class SequenceSum(torch.autograd.Function):
+    """(rows,) → (2B,) sums over each sequence, taken in float64 in a fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, cu_seqlens: torch.Tensor | None, sequences: int) -> torch.Tensor:
+        ctx.save_for_backward(cu_seqlens)
+        ctx.rows = values.shape[0]
+        if cu_seqlens is None:
+            sums = values.view(sequences, ctx.rows // max(sequences, 1)).sum(dim=1, dtype=torch.float64)
+        else:
+            sums = torch.segment_reduce(values.double(), "sum", offsets=cu_seqlens.long(), initial=0, unsafe=True)
+        return sums.to(values.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (cu_seqlens,) = ctx.saved_tensors
+        return _expand(grad, cu_seqlens, ctx.rows), None, None
+
+
+def _expand(scale: torch.Tensor, cu_seqlens: torch.Tensor | None, rows: int) -> torch.Tensor:
+    """One number a sequence → one number a row."""
+    if cu_seqlens is None:
+        sequences = max(scale.shape[0], 1)
+        return scale.unsqueeze(1).expand(-1, rows // sequences).reshape(rows)
+    # searchsorted and not repeat_interleave: rows past the last sequence need an answer, and no host sync.
+    index = torch.searchsorted(cu_seqlens[1:], torch.arange(rows, device=scale.device, dtype=cu_seqlens.dtype), right=True)
+    return torch.nn.functional.pad(scale, (0, 1))[index.clamp(max=scale.shape[0])]
+
+
+def _rows(logits: torch.Tensor) -> torch.Tensor:
+    return logits if logits.dim() == 3 else logits.unsqueeze(0)

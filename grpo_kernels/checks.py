@@ -1,0 +1,144 @@
+"""What the public functions demand of their arguments, and the words in which they say so.
+
+Everything that reads a tensor's values is done on CPU tensors only: on a device it would wait for the queue, and
+the kernels answer a bad label or group id with NaN in that pair instead.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from .types import LOSS_TYPES, SMOOTHED_LOSS_TYPES
+
+
+def describe(value: Any) -> str:
+    """A value as an error message shows it."""
+    if isinstance(value, torch.Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r}"[:120]
+
+
+def check_loss_settings(beta: float, loss_type: str, label_smoothing: float) -> None:
+    """β > 0; a known loss; smoothing in [0, 1/2), and only where it is defined."""
+    if isinstance(beta, bool) or not isinstance(beta, (int, float)):
+        raise TypeError(f"beta must be a number, got {describe(beta)}")
+    if not (beta > 0 and math.isfinite(beta)):
+        raise ValueError(f"beta must be positive and finite, got {beta!r}")
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}")
+    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
+        raise TypeError(f"label_smoothing must be a number, got {describe(label_smoothing)}")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must be in [0, 1/2), got {label_smoothing!r}")
+    if label_smoothing and loss_type not in SMOOTHED_LOSS_TYPES:
+        raise ValueError(
+            f"label_smoothing is defined for loss_type {' and '.join(SMOOTHED_LOSS_TYPES)} only, "
+            f"got {label_smoothing!r} with {loss_type!r}"
+        )
+
+
+def check_logits(logits: Any, labels: Any, cu_seqlens: Any) -> None:
+    """Padded (2B, T, V) with labels (2B, T), or packed (rows, V) with labels (rows,) and cu_seqlens (2B+1,)."""
+    if not isinstance(logits, torch.Tensor):
+        raise TypeError(f"logits must be a tensor, got {describe(logits)}")
+    if not logits.is_floating_point():
+        raise TypeError(f"logits must be a floating tensor, got {describe(logits)}")
+    dims = 3 if cu_seqlens is None else 2
+    if logits.dim() != dims:
+        shape = "(2B, T, V), padded" if dims == 3 else "(rows, V), packed, where cu_seqlens is given"
+        raise ValueError(f"logits must have shape {shape}, got {describe(logits)}")
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits must have a vocabulary of at least one word, got {describe(logits)}")
+    check_integers("labels", labels, logits.shape[:-1], logits.device)
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, logits.shape[0], logits.device)
+
+
+def check_cu_seqlens(cu_seqlens: Any, rows: int, device: torch.device) -> None:
+    """(n+1,) int32, from 0 to rows, never falling."""
+    if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"cu_seqlens must be an int32 tensor, got {describe(cu_seqlens)}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens must have shape (2B+1,), got {describe(cu_seqlens)}")
+    check_device("cu_seqlens", cu_seqlens, device)
+    if values_are_readable(cu_seqlens):
+        edges = cu_seqlens.tolist()
+        if edges[0] != 0 or edges[-1] != rows or any(a > b for a, b in zip(edges, edges[1:], strict=False)):
+            raise ValueError(f"cu_seqlens must rise from 0 to the {rows} rows of logits, got {_short(edges)}")
+
+
+def check_integers(name: str, tensor: Any, shape: tuple[int, ...], device: torch.device) -> None:
+    """An integer tensor of exactly this shape on this device."""
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be an int64 or int32 tensor, got {describe(tensor)}")
+    if tensor.shape != torch.Size(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {describe(tensor)}")
+    check_device(name, tensor, device)
+
+
+def check_sums(name: str, tensor: Any, shape: tuple[int, ...], device: torch.device) -> None:
+    """float32 or float64 numbers of this shape that carry no gradient."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor or None, got {describe(tensor)}")
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"{name} must be float32 or float64 (a sum over tokens in half precision is off by up to a nat), "
+            f"got {describe(tensor)}"
+        )
+    if tensor.shape != torch.Size(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {describe(tensor)}")
+    check_device(name, tensor, device)
+    if tensor.requires_grad:
+        raise ValueError(f"{name} must not require grad: the loss has no gradient with respect to it; detach it first")
+
+
+def check_targets_in_range(targets: torch.Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Labels in [0, V) or ``ignore_index``; on CPU."""
+    if values_are_readable(targets):
+        bad = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
+        if bad.any():
+            found = targets[bad].unique().tolist()
+            raise ValueError(
+                f"labels must be in [0, {vocabulary}) or ignore_index={ignore_index}, got {_short(found)} "
+                f"at {int(bad.sum())} of {targets.numel()} positions"
+            )
+
+
+def check_group_ids(group_ids: Any, num_pairs: int, num_groups: int, device: torch.device) -> None:
+    """(B,) integers in [0, G); the range on CPU."""
+    check_integers("group_ids", group_ids, (num_pairs,), device)
+    if values_are_readable(group_ids) and num_pairs:
+        low, high = (int(x) for x in torch.aminmax(group_ids))
+        if low < 0 or high >= num_groups:
+            raise ValueError(f"group_ids must be in [0, {num_groups}), got values from {low} to {high}")
+
+
+def check_overwrite(logits: torch.Tensor) -> None:
+    """Logits that may be overwritten with their gradient: not a leaf, and no two elements in one place."""
+    if logits.is_leaf and logits.requires_grad:
+        raise ValueError(
+            "overwrite_logits=True would write the gradient over a leaf that requires grad (a parameter, say); "
+            "pass a result of an operation, or overwrite_logits=False"
+        )
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        raise ValueError(f"overwrite_logits=True needs logits with last stride 1, got strides {logits.stride()}")
+    if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
+        raise ValueError(f"overwrite_logits=True needs logits of their own memory, got strides {logits.stride()}")
+
+
+def check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    """All tensors of a call on one device."""
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, as the policy is, got {describe(tensor)}")
+
+
+def values_are_readable(tensor: torch.Tensor) -> bool:
+    """Whether looking at values costs no wait for a device and breaks no graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _short(values: list[int]) -> str:
+    return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ...]"

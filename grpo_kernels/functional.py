@@ -1,0 +1,360 @@
+"""The public functions: each checks its arguments, then applies what ``autograd.py`` holds.
+
+Equations, once (docs/math.md derives them); B pairs are 2B sequences, the B chosen first:
+
+    p_t = z[t, y_t] - lse_t,   log pi = sum_t p_t,   m_i = (log pi - log pi_ref)_chosen - (...)_rejected
+    l_i = -log sigma(beta m_i),   loss = (1/B) sum_i w[g_i] l_i,   w_g = alpha_g / q_g
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .autograd import PreferenceTail, SequenceSum, TokenLogps
+from .backends import Backend, choose
+from .checks import (
+    check_device,
+    check_group_ids,
+    check_integers,
+    check_logits,
+    check_loss_settings,
+    check_overwrite,
+    check_sums,
+    check_targets_in_range,
+    describe,
+)
+from .group_weights import GroupWeights
+from .types import IGNORE_INDEX, LOSS_TYPES, GroupLossOutput, LossType
+
+
+def fused_grpo_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    ref_logps: torch.Tensor | None,
+    group_ids: torch.Tensor,
+    group_weights: GroupWeights | torch.Tensor,
+    *,
+    beta: float = 0.1,
+    loss_type: LossType = "sigmoid",
+    label_smoothing: float = 0.0,
+    length_normalize: bool = False,
+    pair_weights: torch.Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    shift: bool = True,
+    cu_seqlens: torch.Tensor | None = None,
+    overwrite_logits: bool = False,
+    backend: str = "auto",
+) -> GroupLossOutput:
+    """Group-robust preference loss of B pairs, from the policy's logits, in one pass over the vocabulary each way.
+
+        loss = (1/B) sum_i w[g_i] l(m_i),   dloss/dz[t, :] = c_t (onehot(y_t) - softmax(z[t, :]))
+
+    Args:
+        logits: policy logits, float32, bfloat16, float16 or float64: (2B, T, V) padded, the B chosen sequences first
+            and then the B rejected; or (rows, V) packed, with ``cu_seqlens``.
+        labels: int64 or int32, shape of logits without V: token ids, ``ignore_index`` at prompt and padding.
+        ref_logps: (2B,) float32 or float64 summed log-probabilities of the reference in nats; None for zeros.
+        group_ids: (B,) int64 or int32 in [0, G).
+        group_weights: a :class:`GroupWeights` (training mode with gradients: it observes this batch, steps, and the
+            *new* weights are used; else it is read), or a plain (G,) tensor w used as given.
+        beta: > 0, temperature of the preference model.
+        loss_type: "sigmoid" (DPO), "robust" (unbiased under flipped labels), "hinge", "ipo".
+        label_smoothing: in [0, 1/2); with "sigmoid" conservative DPO, with "robust" the rate of flipped labels.
+        length_normalize: divide policy and reference by the number of labelled tokens before the margin.
+        pair_weights: (B,) float32 or float64, multiplies each l_i wherever it appears; None for ones.
+        ignore_index: label of positions that are not scored.
+        shift: position t-1 predicts label t (Hugging Face); False where logits and labels are aligned already.
+        cu_seqlens: (2B+1,) int32, sequence i is rows [cu[i], cu[i+1]); None for padded input.
+        overwrite_logits: let backward write the gradient over the logits instead of into new memory.
+        backend: "auto", or a name of :func:`backends`.
+
+    Returns:
+        GroupLossOutput, float32 (float64 for float64 logits).
+
+    Raises:
+        TypeError, ValueError: naming the argument, the rule and what came, before anything is computed.
+        UnavailableBackendError: the backend named cannot run here.
+        RuntimeError: called with a moving GroupWeights inside a checkpointed region.
+
+    Source: Ramesh et al. 2024 (arXiv 2405.20304), equations 6 and 10 and Algorithm 1.
+    """
+    check_logits(logits, labels, cu_seqlens)
+    check_loss_settings(beta, loss_type, label_smoothing)
+    num_sequences = logits.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    arguments = _Pairs.check(num_sequences, logits.device, ref_logps, group_ids, group_weights, pair_weights)
+    targets = _checked_targets(logits, labels, ignore_index, shift, cu_seqlens)
+    if overwrite_logits:
+        check_overwrite(logits)
+    chosen = choose(backend, logits.device, logits.dtype)
+    token_rows = TokenLogps.apply(_last_stride_1(logits), targets, ignore_index, overwrite_logits, chosen)
+    settings = {
+        "loss_type": LOSS_TYPES.index(loss_type),
+        "beta": float(beta),
+        "label_smoothing": float(label_smoothing),
+        "length_normalize": bool(length_normalize),
+        "ignore_index": ignore_index,
+    }
+    return _tail(token_rows, targets, cu_seqlens, None, arguments, settings, chosen)
+
+
+def preference_loss(
+    policy_logps: torch.Tensor,
+    ref_logps: torch.Tensor | None,
+    group_ids: torch.Tensor,
+    group_weights: GroupWeights | torch.Tensor,
+    *,
+    beta: float = 0.1,
+    loss_type: LossType = "sigmoid",
+    label_smoothing: float = 0.0,
+    lengths: torch.Tensor | None = None,
+    pair_weights: torch.Tensor | None = None,
+) -> GroupLossOutput:
+    """Group-robust preference loss for who has sequence log-probabilities already.
+
+        loss = (1/B) sum_i w[g_i] l(m_i)
+
+    Args:
+        policy_logps: (2B,) float32 or float64 summed log-probabilities in nats, the B chosen first.
+        lengths: (2B,) numbers that divide policy and reference before the margin; None for no normalising.
+        ref_logps, group_ids, group_weights, beta, loss_type, label_smoothing, pair_weights: as in
+            :func:`fused_grpo_loss`.
+
+    Returns, Raises: as :func:`fused_grpo_loss`.
+
+    Source: Ramesh et al. 2024 (arXiv 2405.20304), equations 6 and 10.
+    """
+    if not isinstance(policy_logps, torch.Tensor) or policy_logps.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"policy_logps must be a float32 or float64 tensor, got {describe(policy_logps)}")
+    if policy_logps.dim() != 1:
+        raise ValueError(f"policy_logps must have shape (2B,), got {describe(policy_logps)}")
+    check_loss_settings(beta, loss_type, label_smoothing)
+    num_sequences, device = policy_logps.shape[0], policy_logps.device
+    arguments = _Pairs.check(num_sequences, device, ref_logps, group_ids, group_weights, pair_weights)
+    if lengths is not None:
+        if not isinstance(lengths, torch.Tensor):
+            raise TypeError(f"lengths must be a tensor or None, got {describe(lengths)}")
+        if lengths.shape != policy_logps.shape:
+            raise ValueError(f"lengths must have shape {tuple(policy_logps.shape)}, got {describe(lengths)}")
+        check_device("lengths", lengths, device)
+    settings = {
+        "loss_type": LOSS_TYPES.index(loss_type),
+        "beta": float(beta),
+        "label_smoothing": float(label_smoothing),
+        "length_normalize": lengths is not None,
+        "ignore_index": IGNORE_INDEX,
+    }
+    divisors = policy_logps.new_ones(num_sequences, dtype=torch.float64) if lengths is None else lengths.double()
+    chosen = choose("auto", device, policy_logps.dtype)
+    # A sequence of one token each: the sums below are the log-probabilities themselves.
+    return _tail(policy_logps.contiguous(), None, None, divisors, arguments, settings, chosen)
+
+
+def token_logps(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    shift: bool = True,
+    cu_seqlens: torch.Tensor | None = None,
+    overwrite_logits: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Log-probability of every labelled token.
+
+        p_t = z[t, y_t] - logsumexp_v z[t, v]
+
+    Args:
+        logits, labels, ignore_index, shift, cu_seqlens, overwrite_logits, backend: as in :func:`fused_grpo_loss`;
+            any number of sequences.
+
+    Returns:
+        Shape of labels, float32 (float64 for float64 logits), in nats: entry t is log p(labels[t]); 0 where the
+        label is ignored and, under ``shift``, at the first position of a sequence.  Differentiable.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the rule and what came, before anything is computed.
+        UnavailableBackendError: the backend named cannot run here.
+    """
+    rows, _ = _token_rows(logits, labels, ignore_index, shift, cu_seqlens, overwrite_logits, backend)
+    # Row t-1 scored label t.  The last row of a sequence scored nothing and holds 0, so rolling cannot cross one.
+    return (rows.roll(1) if shift else rows).view(labels.shape)
+
+
+def sequence_logps(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    shift: bool = True,
+    cu_seqlens: torch.Tensor | None = None,
+    overwrite_logits: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Summed log-probability of the labelled tokens of each sequence.
+
+        log pi = sum_t p_t
+
+    Args:
+        As :func:`token_logps`.
+
+    Returns:
+        (sequences,) float32 (float64 for float64 logits), in nats; 0 for a sequence without labels.  Differentiable.
+
+    Raises:
+        As :func:`token_logps`.
+    """
+    rows, num_sequences = _token_rows(logits, labels, ignore_index, shift, cu_seqlens, overwrite_logits, backend)
+    return SequenceSum.apply(rows, cu_seqlens, num_sequences)
+
+
+class _Pairs:
+    """The arguments that belong to pairs, checked and in the dtypes that backends take."""
+
+    __slots__ = ("group_ids", "group_weights", "pair_weights", "ref_logps")
+
+    @classmethod
+    def check(
+        cls,
+        num_sequences: int,
+        device: torch.device,
+        ref_logps: Any,
+        group_ids: Any,
+        group_weights: Any,
+        pair_weights: Any,
+    ) -> _Pairs:
+        if num_sequences % 2:
+            raise ValueError(
+                f"a batch of pairs has an even number of sequences (B chosen, then B rejected), got {num_sequences}"
+            )
+        if isinstance(group_weights, GroupWeights):
+            num_groups, weights_device = group_weights.num_groups, group_weights.log_alpha.device
+        elif isinstance(group_weights, torch.Tensor) and group_weights.is_floating_point():
+            if group_weights.dim() != 1 or not group_weights.numel():
+                raise ValueError(f"group_weights must have shape (G,), G >= 1, got {describe(group_weights)}")
+            num_groups, weights_device = group_weights.shape[0], group_weights.device
+        else:
+            raise TypeError(
+                f"group_weights must be a GroupWeights or a (G,) floating tensor, got {describe(group_weights)}"
+            )
+        if weights_device != device:
+            raise ValueError(
+                f"group_weights must be on {device}, as the policy is, got {weights_device}; "
+                "move it with group_weights.to(device)"
+            )
+        self = cls()
+        check_group_ids(group_ids, num_sequences // 2, num_groups, device)
+        self.group_ids = group_ids.long().contiguous()
+        self.group_weights = group_weights
+        self.ref_logps = self.pair_weights = None
+        if ref_logps is not None:
+            check_sums("ref_logps", ref_logps, (num_sequences,), device)
+            self.ref_logps = ref_logps.double().contiguous()
+        if pair_weights is not None:
+            check_sums("pair_weights", pair_weights, (num_sequences // 2,), device)
+            self.pair_weights = pair_weights.double().contiguous()
+        return self
+
+
+def _token_rows(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    ignore_index: int,
+    shift: bool,
+    cu_seqlens: torch.Tensor | None,
+    overwrite_logits: bool,
+    backend: str,
+) -> tuple[torch.Tensor, int]:
+    """Checks; then the log-probability that each row of logits gives its target, and the number of sequences."""
+    check_logits(logits, labels, cu_seqlens)
+    targets = _checked_targets(logits, labels, ignore_index, shift, cu_seqlens)
+    if overwrite_logits:
+        check_overwrite(logits)
+    chosen = choose(backend, logits.device, logits.dtype)
+    rows = TokenLogps.apply(_last_stride_1(logits), targets, ignore_index, overwrite_logits, chosen)
+    return rows, logits.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def _checked_targets(
+    logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, shift: bool, cu_seqlens: torch.Tensor | None
+) -> torch.Tensor:
+    """(rows,) int64: the word that each row of logits has to predict.  Shifting labels spares copying logits."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {describe(ignore_index)}")
+    targets = labels.reshape(-1).long()
+    if shift and targets.numel():
+        targets = targets.roll(-1)
+        if cu_seqlens is None:
+            targets.view(labels.shape)[:, -1] = ignore_index
+        else:
+            # An empty sequence at the front makes -1 of this, the last row of all, which predicts nothing either.
+            targets[cu_seqlens[1:].long() - 1] = ignore_index
+    check_targets_in_range(targets, logits.shape[-1], ignore_index)
+    return targets
+
+
+def _last_stride_1(logits: torch.Tensor) -> torch.Tensor:
+    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+
+
+def _tail(
+    token_rows: torch.Tensor,
+    targets: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    pairs: _Pairs,
+    settings: dict[str, Any],
+    backend: Backend,
+) -> GroupLossOutput:
+    """From the log-probability of each row to the output: tail, alpha step, scalar."""
+    group_weights, group_ids = pairs.group_weights, pairs.group_ids
+    is_module = isinstance(group_weights, GroupWeights)
+    num_groups = group_weights.num_groups if is_module else group_weights.shape[0]
+    policy_logps, losses, margins, lengths, group_sums, group_counts = PreferenceTail.apply(
+        token_rows, targets, cu_seqlens, pairs.ref_logps, group_ids, pairs.pair_weights, lengths, num_groups,
+        backend, settings,
+    )  # fmt: skip
+    dtype, num_pairs = losses.dtype, group_ids.shape[0]
+    with torch.no_grad():
+        if is_module:
+            if group_weights.moves and group_weights.training and losses.requires_grad:
+                _refuse_recomputation()
+                group_weights.observe(group_sums, group_counts, losses)
+                if not group_weights.accumulating:
+                    group_weights.step()
+            weights, used = group_weights.loss_weights.to(dtype), group_weights.weights.to(dtype)
+        else:
+            weights = used = group_weights.detach().to(dtype)
+        # An id out of range has made its loss NaN already; here it must only not read astray.
+        per_pair = weights[group_ids.clamp(0, num_groups - 1)] / max(num_pairs, 1)
+        rewards = policy_logps if pairs.ref_logps is None else policy_logps - pairs.ref_logps
+        if settings["length_normalize"]:
+            rewards = rewards / lengths.clamp(min=1)
+        rewards = (settings["beta"] * rewards).to(dtype)
+        group_losses = (group_sums / group_counts.clamp(min=1)).to(dtype)
+    return GroupLossOutput(
+        loss=(per_pair * losses).sum(),
+        losses=losses.detach(),
+        margins=margins,
+        rewards_chosen=rewards[:num_pairs],
+        rewards_rejected=rewards[num_pairs:],
+        policy_logps=policy_logps,
+        group_losses=group_losses,
+        group_counts=group_counts,
+        group_weights=used,
+    )
+
+
+def _refuse_recomputation() -> None:
+    """A checkpointed region runs twice; alpha would step twice, and the second loss would not be the first."""
+    if torch.compiler.is_compiling():
+        return
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    checkpointed = hooks is not None and "checkpoint" in getattr(hooks[0], "__qualname__", "")
+    if checkpointed or torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "the loss with a moving GroupWeights was called inside a checkpointed region, where it would run twice and "
+            "alpha would step twice; checkpoint the model and call the loss outside, or checkpoint token_logps and "
+            "pass its sums to preference_loss"
+        )

@@ -1,0 +1,370 @@
+"""The group weights alpha: state that moves by exponentiated gradient, like an optimizer's.
+
+    log alpha_g <- log alpha_g + eta (L_g + C / sqrt(N_g)),      alpha = softmax(log alpha)
+    alpha_used   = (1 - mixing) alpha + mixing * prior
+    w_g          = alpha_used_g / q_g,                            robust loss = (1/B) sum_i w[g_i] l_i
+
+``L_g`` is ``(1/B) sum_{i in g} l_i / q_g`` ("importance", the paper's, unbiased at any batch size) or the mean over
+the group's pairs in the global batch ("group_mean", where an absent group keeps its log alpha).
+Source: Ramesh et al. 2024 (arXiv 2405.20304), Algorithm 1; the size adjustment is Sagawa et al. 2020 (1911.08731).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from .distributed import all_reduce_sum_, world_size
+
+Estimator = Literal["importance", "group_mean"]
+Prior = Literal["uniform", "proportional"] | torch.Tensor
+
+
+def exponentiated_step(
+    log_alpha: torch.Tensor,
+    group_losses: torch.Tensor,
+    group_lr: float | torch.Tensor,
+    *,
+    adjustment: float | torch.Tensor = 0.0,
+) -> torch.Tensor:
+    """One step of exponentiated gradient ascent on the simplex, in the log domain.
+
+        log alpha' = log_softmax(log alpha + group_lr * (group_losses + adjustment))
+
+    Args:
+        log_alpha: (..., G) log weights, float64 for long runs; need not be normalised.
+        group_losses: (..., G) the group losses L_g, any float dtype; broadcasts against ``log_alpha``.
+        group_lr: eta_alpha >= 0; a tensor broadcasts (one rate a seed, say, as (S, 1)).
+        adjustment: C / sqrt(N_g), added to the losses in the exponent only; (G,) or a scalar.
+
+    Returns:
+        (..., G) normalised log weights in the dtype of ``log_alpha``; the input is not changed.
+
+    Raises:
+        TypeError: ``log_alpha`` is not a floating tensor.
+        ValueError: the last dimensions differ, or ``group_lr`` is a negative or non-finite number.
+
+    Source: Ramesh et al. 2024, Algorithm 1, lines 6 and 7.
+    """
+    if not (isinstance(log_alpha, torch.Tensor) and log_alpha.is_floating_point()):
+        raise TypeError(f"log_alpha must be a floating tensor, got {_describe(log_alpha)}")
+    if not isinstance(group_losses, torch.Tensor) or log_alpha.shape[-1:] != group_losses.shape[-1:]:
+        raise ValueError(
+            f"group_losses must be a tensor with the last dimension of log_alpha {tuple(log_alpha.shape)}, "
+            f"got {_describe(group_losses)}"
+        )
+    if not isinstance(group_lr, torch.Tensor):
+        _check_number("group_lr", group_lr, low=0.0)
+    exponent = log_alpha + group_lr * (group_losses.to(log_alpha.dtype) + adjustment)
+    return exponent.log_softmax(dim=-1)
+
+
+class GroupWeights(nn.Module):
+    """The weights of G groups, fixed or moving, with everything a checkpoint needs to go on.
+
+    Build one with :meth:`proportional` (DPO), :meth:`balanced` (importance-sampled DPO) or :meth:`robust` (GR-DPO).
+    Passed to ``fused_grpo_loss`` in training mode it observes the batch, steps, and the batch is weighted with the
+    *new* alpha, which is the order of the paper's Algorithm 1.
+
+    Args:
+        group_sizes: N_g, pairs of each group in the training set: a mapping name → size, or a sequence (then the
+            names are "0", "1", ...).  Positive integers, counted after unusable pairs are dropped.
+        group_lr: eta_alpha >= 0; 0 holds alpha at the prior.
+        estimator: "importance" or "group_mean", what drives alpha (never what is trained on).
+        prior: "uniform", "proportional" (N_g / N), or (G,) positive numbers: alpha at the start, and what
+            ``mixing`` mixes in.
+        mixing: share of the prior in the alpha used, in [0, 1]: a floor under every group's weight.
+        size_adjustment: C >= 0 of C / sqrt(N_g).
+        sampling_probs: (G,) q, the chance that a drawn pair is of each group; None for N_g / N.
+        process_group: ranks whose batches form the global batch; None for the default group where one stands.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the rule, and what came.
+    """
+
+    log_alpha: torch.Tensor
+    prior: torch.Tensor
+    sampling_probs: torch.Tensor
+    adjustment: torch.Tensor
+    pending: torch.Tensor
+    num_updates: torch.Tensor
+    num_skipped: torch.Tensor
+
+    def __init__(
+        self,
+        group_sizes: Mapping[Any, int] | Sequence[int],
+        group_lr: float = 0.0,
+        *,
+        estimator: Estimator = "importance",
+        prior: Prior = "uniform",
+        mixing: float = 0.0,
+        size_adjustment: float = 0.0,
+        sampling_probs: torch.Tensor | Sequence[float] | None = None,
+        process_group: Any = None,
+    ) -> None:
+        super().__init__()
+        self.names, sizes = _names_and_sizes(group_sizes)
+        _check_number("group_lr", group_lr, low=0.0)
+        _check_number("mixing", mixing, low=0.0, high=1.0)
+        _check_number("size_adjustment", size_adjustment, low=0.0)
+        if estimator not in ("importance", "group_mean"):
+            raise ValueError(f"estimator must be 'importance' or 'group_mean', got {estimator!r}")
+        self.group_lr = float(group_lr)
+        self.estimator: Estimator = estimator
+        self.mixing = float(mixing)
+        self.process_group = process_group
+        self.group_sizes = tuple(sizes)
+
+        counts = torch.tensor(sizes, dtype=torch.float64)
+        share = counts / counts.sum()
+        q = share if sampling_probs is None else _simplex("sampling_probs", sampling_probs, len(sizes))
+        start = _prior(prior, share)
+        self.register_buffer("prior", start, persistent=False)
+        self.register_buffer("sampling_probs", q, persistent=False)
+        self.register_buffer("adjustment", size_adjustment / counts.sqrt(), persistent=False)
+        self.register_buffer("log_alpha", start.log())
+        # Sums of losses (G,), counts (G,), total loss, pairs: what one all-reduce carries.
+        self.register_buffer("pending", torch.zeros(2 * len(sizes) + 2, dtype=torch.float64))
+        self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("num_skipped", torch.zeros((), dtype=torch.int64))
+        self._accumulating = 0
+        self._pending_pairs = 0
+        self._largest_boost = float((1 / q).max())
+        self._warned = False
+
+    @classmethod
+    def proportional(cls, group_sizes: Mapping[Any, int] | Sequence[int], *, sampling_probs=None) -> GroupWeights:
+        """Alpha fixed at N_g / N: every pair counts the same.  This is plain DPO (or IPO)."""
+        return cls(group_sizes, prior="proportional", sampling_probs=sampling_probs)
+
+    @classmethod
+    def balanced(cls, group_sizes: Mapping[Any, int] | Sequence[int], *, sampling_probs=None) -> GroupWeights:
+        """Alpha fixed at 1 / G: every group counts the same.  This is importance-sampled DPO (or IPO)."""
+        return cls(group_sizes, prior="uniform", sampling_probs=sampling_probs)
+
+    @classmethod
+    def robust(
+        cls,
+        group_sizes: Mapping[Any, int] | Sequence[int],
+        group_lr: float,
+        *,
+        estimator: Estimator = "importance",
+        prior: Prior = "uniform",
+        mixing: float = 0.0,
+        size_adjustment: float = 0.0,
+        sampling_probs: torch.Tensor | Sequence[float] | None = None,
+        process_group: Any = None,
+    ) -> GroupWeights:
+        """Alpha moves towards the groups that do worst.  This is GR-DPO (or GR-IPO); see the class for the arguments."""
+        return cls(
+            group_sizes,
+            group_lr,
+            estimator=estimator,
+            prior=prior,
+            mixing=mixing,
+            size_adjustment=size_adjustment,
+            sampling_probs=sampling_probs,
+            process_group=process_group,
+        )
+
+    @property
+    def num_groups(self) -> int:
+        """G."""
+        return len(self.names)
+
+    @property
+    def moves(self) -> bool:
+        """Whether :meth:`step` can change alpha."""
+        return self.group_lr > 0
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """(G,) float64 alpha in use, on the simplex, mixing included."""
+        alpha = self.log_alpha.softmax(dim=0)
+        return alpha if self.mixing == 0 else torch.lerp(alpha, self.prior, self.mixing)
+
+    @property
+    def loss_weights(self) -> torch.Tensor:
+        """(G,) float64 ``w_g = alpha_g / q_g``, what a pair's loss is multiplied with."""
+        return self.weights / self.sampling_probs
+
+    @property
+    def accumulating(self) -> bool:
+        """Whether calls of the loss only observe, because an :meth:`accumulate` block is open."""
+        return self._accumulating > 0
+
+    @contextmanager
+    def accumulate(self) -> Iterator[GroupWeights]:
+        """Within the block, calls of the loss observe and weight by the current alpha; call :meth:`step` yourself.
+
+        For gradient accumulation.  Alpha then lags the plain order by one optimizer step, and has to: the first
+        micro-batch is weighted before the losses of the last one are known.
+        """
+        self._accumulating += 1
+        try:
+            yield self
+        finally:
+            self._accumulating -= 1
+
+    @torch.no_grad()
+    def observe(self, group_sums: torch.Tensor, group_counts: torch.Tensor, losses: torch.Tensor) -> None:
+        """Add one local batch to what the next :meth:`step` will see.
+
+        Args:
+            group_sums: (G,) sum of losses over this batch's pairs of each group.
+            group_counts: (G,) this batch's pairs of each group.
+            losses: (B,) all losses of the batch, to tell whether it is finite.
+        """
+        num_pairs = losses.shape[0]
+        seen = torch.cat([group_sums.double(), group_counts.double(), losses.double().sum().reshape(1)])
+        self.pending[:-1] += seen
+        self.pending[-1] += num_pairs
+        self._pending_pairs += num_pairs
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move alpha once by everything observed since the last step, over all ranks; one all-reduce, no host sync.
+
+        A batch that is not finite, on any rank, moves nothing and is counted in ``num_skipped``.
+        """
+        if self.moves:
+            self._warn_once_if_fast()
+            # What stays pending is local; the sum is not written back before it has been used.
+            total = all_reduce_sum_(self.pending.clone(), self.process_group)
+            moved = self._moved(total)
+            finite = total.isfinite().all() & moved.isfinite().all()
+            self.log_alpha.copy_(torch.where(finite, moved, self.log_alpha))
+            self.num_updates += finite
+            self.num_skipped += ~finite
+        self.discard()
+
+    @torch.no_grad()
+    def discard(self) -> None:
+        """Forget what was observed since the last step, as when a batch is thrown away."""
+        self.pending.zero_()
+        self._pending_pairs = 0
+
+    def _moved(self, total: torch.Tensor) -> torch.Tensor:
+        sums, counts, pairs = total[: self.num_groups], total[self.num_groups : -2], total[-1]
+        if self.estimator == "importance":
+            losses, adjustment = sums / (pairs.clamp(min=1) * self.sampling_probs), self.adjustment
+        else:
+            # An absent group's exponent is 0, size adjustment and all: it keeps its log alpha.
+            losses, adjustment = sums / counts.clamp(min=1), self.adjustment * (counts > 0)
+        return exponentiated_step(self.log_alpha, losses, self.group_lr, adjustment=adjustment)
+
+    def _warn_once_if_fast(self) -> None:
+        if self._warned or self.estimator != "importance" or torch.compiler.is_compiling():
+            return
+        pairs = self._pending_pairs * world_size(self.process_group)
+        if pairs and self.group_lr * self._largest_boost / pairs > 1:
+            self._warned = True
+            warnings.warn(
+                f"group_lr={self.group_lr:g} is large for {pairs} pairs a step: one pair of the rarest group, with a "
+                f"loss of 1, multiplies its weight by exp({self.group_lr * self._largest_boost / pairs:.3g}). "
+                "Use a smaller group_lr, a larger batch, balanced sampling, or estimator='group_mean'.",
+                stacklevel=3,
+            )
+
+    def extra_repr(self) -> str:
+        kind = f"group_lr={self.group_lr:g}, estimator={self.estimator!r}" if self.moves else "fixed"
+        return f"{self.num_groups} groups, {kind}, mixing={self.mixing:g}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> GroupWeights:
+        # .to(), .half(), .bfloat16() reach every buffer through here.  Devices are followed, dtypes are not: a float32
+        # log alpha stalls where increments fall under 1e-7, and the paper's eta is 5e-7.
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                device = fn(torch.empty(0, dtype=buffer.dtype, device=buffer.device)).device
+                moved = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
+                self._buffers[name] = moved
+        return self
+
+    def get_extra_state(self) -> dict[str, list[str]]:
+        return {"names": list(self.names)}
+
+    def set_extra_state(self, state: dict[str, list[str]]) -> None:
+        """The names have done their work in ``_load_from_state_dict``."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        key = f"{prefix}_extra_state"
+        if key in state_dict:
+            saved = [str(name) for name in state_dict[key]["names"]]
+            if sorted(saved) != sorted(self.names):
+                raise ValueError(
+                    f"the state was saved for groups {saved}, this GroupWeights has {list(self.names)}; "
+                    "weights cannot be carried over between different sets of groups"
+                )
+            order = torch.tensor([saved.index(name) for name in self.names])
+            state_dict = dict(state_dict)
+            groups = len(order)
+            if f"{prefix}log_alpha" in state_dict:
+                state_dict[f"{prefix}log_alpha"] = state_dict[f"{prefix}log_alpha"][order]
+            if f"{prefix}pending" in state_dict:
+                rows = torch.cat([order, order + groups, torch.tensor([2 * groups, 2 * groups + 1])])
+                state_dict[f"{prefix}pending"] = state_dict[f"{prefix}pending"][rows]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _names_and_sizes(group_sizes: Any) -> tuple[tuple[str, ...], list[int]]:
+    if isinstance(group_sizes, Mapping):
+        names, sizes = [str(name) for name in group_sizes], list(group_sizes.values())
+    elif isinstance(group_sizes, (Sequence, torch.Tensor)) and not isinstance(group_sizes, str):
+        sizes = group_sizes.tolist() if isinstance(group_sizes, torch.Tensor) else list(group_sizes)
+        names = [str(i) for i in range(len(sizes))]
+    else:
+        raise TypeError(f"group_sizes must be a mapping name -> size or a sequence, got {_describe(group_sizes)}")
+    if not sizes:
+        raise ValueError("group_sizes must name at least one group, got none")
+    if len(set(names)) != len(names):
+        raise ValueError(f"group_sizes must have distinct names once written as text, got {names}")
+    for name, size in zip(names, sizes, strict=True):
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"group_sizes must be integers, got {size!r} for group {name!r}")
+        if size <= 0:
+            raise ValueError(f"group_sizes must be positive (N_g, pairs in the training set), got {size} for {name!r}")
+    return tuple(names), sizes
+
+
+def _prior(prior: Any, share: torch.Tensor) -> torch.Tensor:
+    if isinstance(prior, str):
+        if prior == "uniform":
+            return torch.full_like(share, 1 / len(share))
+        if prior == "proportional":
+            return share.clone()
+        raise ValueError(f"prior must be 'uniform', 'proportional' or {len(share)} numbers, got {prior!r}")
+    return _simplex("prior", prior, len(share))
+
+
+def _simplex(name: str, values: Any, groups: int) -> torch.Tensor:
+    """Positive numbers, one a group, that sum to 1 (to 1e-3; the rest is rounding and is normalised away)."""
+    try:
+        tensor = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be {groups} numbers, got {_describe(values)}") from error
+    if tensor.shape != (groups,):
+        raise ValueError(f"{name} must have shape ({groups},), one number a group, got {tuple(tensor.shape)}")
+    if not bool(tensor.isfinite().all()) or not bool((tensor > 0).all()):
+        raise ValueError(f"{name} must be positive and finite, got {tensor.tolist()}")
+    if abs(float(tensor.sum()) - 1) > 1e-3:
+        raise ValueError(f"{name} must sum to 1, got {float(tensor.sum()):g}")
+    return tensor / tensor.sum()
+
+
+def _check_number(name: str, value: Any, *, low: float, high: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {_describe(value)}")
+    if not (low <= value <= high and math.isfinite(value)):
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}] and finite, got {value!r}")
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    return f"{type(value).__name__} {value!r}"[:120]
