@@ -1,0 +1,220 @@
+"""What a run is made of: one dataclass a concern, checked as a whole before anything is read or written.
+
+The command line builds these from a YAML file and flags (``--data.train FILE``); a program builds them directly.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..checks import check_loss_settings
+from ..types import LossType
+
+
+@dataclass
+class TinyModelConfig:
+    """The embedded model, for trying things out: a small Llama with a tokenizer trained on the training file."""
+
+    vocab_size: int = 2048
+    """Words of the byte-level BPE tokenizer, at most; a small corpus gives fewer."""
+    hidden_size: int = 128
+    num_layers: int = 2
+    num_heads: int = 4
+    max_positions: int = 1024
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters through ``peft``."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+
+
+@dataclass
+class ModelConfig:
+    """The policy; the reference is a frozen copy of it as training starts."""
+
+    name: str = "tiny"
+    """A folder, a hub name, or "tiny" for the embedded model."""
+    revision: str | None = None
+    tiny: TinyModelConfig = field(default_factory=TinyModelConfig)
+    lora: LoraConfig | None = None
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass
+class DataConfig:
+    """Preference pairs: JSONL or parquet files, or a hub data set, with prompt, chosen, rejected and a group."""
+
+    train: str = ""
+    """A .jsonl or .parquet file, or the name of a hub data set."""
+    test: str = ""
+    """Held-out pairs, likewise; empty: no evaluation."""
+    train_split: str = "train"
+    """Split of a hub data set."""
+    test_split: str = "test"
+    prompt_field: str = "prompt"
+    chosen_field: str = "chosen"
+    rejected_field: str = "rejected"
+    group_field: str = "group"
+    max_length: int = 512
+    """Tokens of prompt and reply together; a longer prompt loses its beginning, a longer reply its end."""
+    max_prompt_length: int = 384
+    append_eos: bool = True
+    """End every reply that is plain text with the end-of-sequence token."""
+
+
+@dataclass
+class LossConfig:
+    """The loss of one pair."""
+
+    type: LossType = "sigmoid"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    length_normalize: bool = False
+    backend: str = "auto"
+
+
+@dataclass
+class GroupsConfig:
+    """How groups are weighted."""
+
+    method: Literal["dpo", "is_dpo", "gr_dpo"] = "gr_dpo"
+    """Group weights fixed at N_g/N, fixed at 1/G, or moving towards the groups that do worst."""
+    group_lr: float = 0.1
+    """eta_alpha of gr_dpo."""
+    estimator: Literal["importance", "group_mean"] = "importance"
+    prior: Literal["uniform", "proportional"] = "uniform"
+    mixing: float = 0.0
+    size_adjustment: float = 0.0
+
+
+@dataclass
+class OptimConfig:
+    """The step on the policy."""
+
+    name: Literal["adamw", "sgd", "rmsprop"] = "adamw"
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    """Of sgd and rmsprop."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Decays to 0 at the last step, after the warm-up."""
+    lr_warmup_steps: int = 0
+    max_grad_norm: float = 1.0
+    """0: no clipping."""
+    projection: Literal["none", "start", "origin"] = "none"
+    """After each step, project the trained parameters on an L2 ball about their start, or the origin."""
+    projection_radius: float = 0.0
+    average_iterates: bool = False
+    """Keep the mean of all iterates beside the last (what the convergence guarantee speaks of) and evaluate it too."""
+
+
+@dataclass
+class SupervisedConfig:
+    """Optional supervised warm-up on the chosen replies, before the reference is frozen."""
+
+    steps: int = 0
+    batch_size: int = 64
+    lr: float = 3e-3
+
+
+@dataclass
+class TrainConfig:
+    """One run."""
+
+    run_dir: str = "runs/train"
+    """Everything the run writes is in here."""
+    overwrite: bool = False
+    """Replace a run directory that exists."""
+    resume: bool = False
+    """Go on from the last checkpoint in ``run_dir``, bit for bit."""
+    seed: int = 0
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 64
+    """Pairs in an optimizer step."""
+    micro_batch_size: int | None = None
+    """Pairs in one forward and backward; None: the whole batch.  Must divide batch_size."""
+    sampling: Literal["shuffle", "categorical", "balanced"] = "shuffle"
+    """Epochs without replacement; a group by its share and then a pair of it (the paper); groups in equal shares."""
+    bf16: bool = False
+    """Autocast the forward pass to bfloat16."""
+    device: str = "auto"
+    eval_every: int = 100
+    """Steps between evaluations; 0: only at the end."""
+    save_every: int = 0
+    """Steps between checkpoints; 0: only at the end."""
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    reference_cache: str | None = None
+    """Folder of cached reference log-probabilities; None: inside ``run_dir``."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    groups: GroupsConfig = field(default_factory=GroupsConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    supervised: SupervisedConfig = field(default_factory=SupervisedConfig)
+
+    def check(self) -> None:
+        """Every rule that can be told from the configuration alone.
+
+        Raises:
+            ValueError: naming the setting as it is written on the command line, the rule and what came.
+        """
+        check_loss_settings(self.loss.beta, self.loss.type, self.loss.label_smoothing)
+        _require(bool(self.data.train), "data.train", "must name the training pairs", self.data.train)
+        for name in ("steps", "batch_size", "log_every", "keep_checkpoints"):
+            _require(getattr(self, name) >= 1, name, "must be at least 1", getattr(self, name))
+        for name in ("eval_every", "save_every", "seed"):
+            _require(getattr(self, name) >= 0, name, "must not be negative", getattr(self, name))
+        micro = self.micro_batch_size
+        _require(
+            micro is None or (micro >= 1 and self.batch_size % micro == 0),
+            "micro_batch_size",
+            f"must divide batch_size={self.batch_size}",
+            micro,
+        )
+        _require(not (self.resume and self.overwrite), "resume", "and overwrite exclude each other", True)
+        data, optim, groups, supervised = self.data, self.optim, self.groups, self.supervised
+        _require(data.max_length >= 2, "data.max_length", "must be at least 2", data.max_length)
+        _require(
+            1 <= data.max_prompt_length < data.max_length,
+            "data.max_prompt_length",
+            f"must leave room for a reply within data.max_length={data.max_length}",
+            data.max_prompt_length,
+        )
+        _require(_finite(optim.lr) and optim.lr > 0, "optim.lr", "must be positive and finite", optim.lr)
+        for name in ("weight_decay", "momentum", "lr_warmup_steps", "max_grad_norm"):
+            value = getattr(optim, name)
+            _require(_finite(value) and value >= 0, f"optim.{name}", "must not be negative", value)
+        _require(
+            optim.projection == "none" or (_finite(optim.projection_radius) and optim.projection_radius > 0),
+            "optim.projection_radius",
+            f"must be positive with optim.projection={optim.projection}",
+            optim.projection_radius,
+        )
+        for name in ("group_lr", "size_adjustment"):
+            value = getattr(groups, name)
+            _require(_finite(value) and value >= 0, f"groups.{name}", "must not be negative", value)
+        _require(0 <= groups.mixing <= 1, "groups.mixing", "must be in [0, 1]", groups.mixing)
+        _require(supervised.steps >= 0, "supervised.steps", "must not be negative", supervised.steps)
+        _require(supervised.batch_size >= 1, "supervised.batch_size", "must be at least 1", supervised.batch_size)
+        _require(_finite(supervised.lr) and supervised.lr > 0, "supervised.lr", "must be positive", supervised.lr)
+        if self.model.lora is not None:
+            _require(self.model.lora.rank >= 1, "model.lora.rank", "must be at least 1", self.model.lora.rank)
+
+
+def _finite(value: float) -> bool:
+    return math.isfinite(value)
+
+
+def _require(holds: bool, name: str, rule: str, value: object) -> None:
+    if not holds:
+        raise ValueError(f"{name} {rule}, got {value!r}")
