@@ -1,0 +1,67 @@
+# make demo | test | test-slow | lint | clean.  Everything runs in .venv, which the first target makes.
+#   PYTHON=python3.12 make demo     the interpreter that .venv is made with (3.10 or newer)
+#   TORCH=torch make test           another torch than the pinned one, a CUDA build say
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+JOBS ?= 2
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --quiet --disable-pip-version-check
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow paper lint format clean
+
+help: ## what there is to make
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.train ## train by DPO, IS-DPO and GR-DPO on three seeds, compare, draw: runs/demo/
+	$(PY) -m experiments.demo
+
+test: $(VENV)/.dev ## the core tests, at most 8 minutes on two cores
+	$(PY) -m pytest -n $(JOBS) --dist worksteal -q
+
+test-slow: $(VENV)/.dev ## real data, drawn cases, wheels, every GPU architecture
+	$(PY) -m pytest -q -m "slow or realdata" --durations 10
+
+paper: $(VENV)/.train ## the paper's bandit study: docs/paper.md and docs/figures/
+	$(PY) -m experiments.bandits
+
+lint: $(VENV)/.dev ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(VENV)/.dev ## put every file into ruff's form
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean: ## forget the environment and everything built
+	rm -rf $(VENV) build dist *.egg-info grpo_kernels/*.so
+
+-include csrc/csrc.mk
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "grpo_kernels needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try PYTHON=python3.12 make ..."; exit 1; }
+	@echo "making $(VENV) with $$($(PYTHON) --version)"
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.made constraints.txt
+	@echo "installing $(TORCH) (some minutes where it is not in pip's cache)"
+	$(PIP) install -c constraints.txt "$(TORCH)"
+	@touch $@
+
+# torch first and by itself: whatever comes later finds it there and asks for no other build.
+$(VENV)/.train: $(VENV)/.torch $(SOURCES)
+	@echo "installing grpo_kernels, with the trainer"
+	$(PIP) install -c constraints.txt -e ".[train]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch $(SOURCES)
+	@echo "installing grpo_kernels, with everything the tests need"
+	$(PIP) install -c constraints.txt -e ".[dev]"
+	@touch $@
