@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from .autograd import PreferenceTail, SequenceSum, TokenLogps
-from .backends import Backend, choose
+from .backends import Backend
+from .ops import pick
 from .checks import (
     check_device,
     check_group_ids,
@@ -87,7 +88,7 @@ def fused_grpo_loss(
     targets = _checked_targets(logits, labels, ignore_index, shift, cu_seqlens)
     if overwrite_logits:
         check_overwrite(logits)
-    chosen = choose(backend, logits.device, logits.dtype)
+    chosen = pick(backend, logits.device, logits.dtype)
     token_rows = TokenLogps.apply(_last_stride_1(logits), targets, ignore_index, overwrite_logits, chosen)
     settings = {
         "loss_type": LOSS_TYPES.index(loss_type),
@@ -146,7 +147,7 @@ def preference_loss(
         "ignore_index": IGNORE_INDEX,
     }
     divisors = policy_logps.new_ones(num_sequences, dtype=torch.float64) if lengths is None else lengths.double()
-    chosen = choose("auto", device, policy_logps.dtype)
+    chosen = pick("auto", device, policy_logps.dtype)
     # A sequence of one token each: the sums below are the log-probabilities themselves.
     return _tail(policy_logps.contiguous(), None, None, divisors, arguments, settings, chosen)
 
@@ -271,7 +272,7 @@ def _token_rows(
     targets = _checked_targets(logits, labels, ignore_index, shift, cu_seqlens)
     if overwrite_logits:
         check_overwrite(logits)
-    chosen = choose(backend, logits.device, logits.dtype)
+    chosen = pick(backend, logits.device, logits.dtype)
     rows = TokenLogps.apply(_last_stride_1(logits), targets, ignore_index, overwrite_logits, chosen)
     return rows, logits.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
