@@ -1,0 +1,40 @@
+// From token log-probabilities to losses, slopes and per-group sums.
+//
+//   logp_i  = sum of the sequence's token logps        (both in float64)
+//   margin  = ratio_w - ratio_l,  ratio = (logp - ref) [/ max(length, 1)]
+//   loss, slope = pair weight * margin_loss(margin)
+//   group_sums[g] = sum of losses over the pairs of g, in the order of pairs
+//
+// B pairs are 2B sequences, the B chosen first.  See backends/__init__.py for each argument.
+#pragma once
+
+#include <stdint.h>
+
+namespace grpo_kernels {
+
+struct TailArgs {
+  bool float64;  // of token_logps, policy_logps, margins, losses and slopes; float32 otherwise
+  int64_t rows, pairs, groups;
+  const void* token_logps;
+  const int64_t* targets;      // null: lengths is read
+  const int32_t* cu_seqlens;   // null: rows / (2 * pairs) rows each
+  const double* ref_logps;     // null: zeros
+  const int64_t* group_ids;
+  const double* pair_weights;  // null: ones
+  void* policy_logps;
+  double* lengths;
+  void* margins;
+  void* losses;
+  void* slopes;
+  double* group_sums;
+  int64_t* group_counts;
+  int loss_type;
+  double beta, label_smoothing;
+  bool length_normalize;
+  int64_t ignore_index;
+  int threads;
+};
+
+void preference_tail(const TailArgs& args);
+
+}  // namespace grpo_kernels
