@@ -42,6 +42,11 @@ class ModelConfig:
     name: str = "tiny"
     """A folder, a hub name, or "tiny" for the embedded model."""
     revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the parameters.  float32 with ``bf16: true`` trains mixed; bfloat16 parameters lose small updates."""
+    chat_template: str | None = None
+    """A file with a Jinja chat template, for chat messages where the tokenizer has none or another is wanted."""
     tiny: TinyModelConfig = field(default_factory=TinyModelConfig)
     lora: LoraConfig | None = None
     gradient_checkpointing: bool = False
@@ -53,12 +58,16 @@ class DataConfig:
     """Preference pairs: JSONL or parquet files, or a hub data set, with prompt, chosen, rejected and a group."""
 
     train: str = ""
-    """A .jsonl or .parquet file, or the name of a hub data set."""
+    """A .jsonl, .jsonl.gz or .parquet file, or the name of a hub data set."""
     test: str = ""
     """Held-out pairs, likewise; empty: no evaluation."""
     train_split: str = "train"
     """Split of a hub data set."""
     test_split: str = "test"
+    subset: str | None = None
+    """Configuration of a hub data set that has several."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set."""
     prompt_field: str = "prompt"
     chosen_field: str = "chosen"
     rejected_field: str = "rejected"
