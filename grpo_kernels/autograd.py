@@ -8,12 +8,30 @@ have already met.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from .backends import Backend
+
+
+def _differentiable_once(backward: Any) -> Any:
+    """``once_differentiable``, in earnest.
+
+    PyTorch's own refuses a second derivative only where an incoming gradient requires grad.  That of a loss does not,
+    and a gradient penalty would silently be taken for a constant.
+    """
+    refusing = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            grads = tuple(None if grad is None else grad.detach().requires_grad_() for grad in grads)
+        return refusing(ctx, *grads)
+
+    return wrapper
 
 
 class TokenLogps(torch.autograd.Function):
@@ -33,7 +51,7 @@ class TokenLogps(torch.autograd.Function):
         return logps
 
     @staticmethod
-    @once_differentiable
+    @_differentiable_once
     def backward(ctx: Any, grad_logps: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         logits, targets, lse = ctx.saved_tensors
         logits = logits.detach()
@@ -70,9 +88,7 @@ class PreferenceTail(torch.autograd.Function):
         num_pairs, device = group_ids.shape[0], token_logps.device
         policy_logps = token_logps.new_empty(2 * num_pairs)
         # An output either way, and autograd would take an input that is handed back for a view.
-        lengths = (
-            torch.empty(2 * num_pairs, dtype=torch.float64, device=device) if lengths is None else lengths.clone()
-        )
+        lengths = torch.empty(2 * num_pairs, dtype=torch.float64, device=device) if lengths is None else lengths.clone()
         margins, losses, slopes = (token_logps.new_empty(num_pairs) for _ in range(3))
         group_sums = torch.empty(num_groups, dtype=torch.float64, device=device)
         group_counts = torch.empty(num_groups, dtype=torch.int64, device=device)
@@ -87,7 +103,7 @@ class PreferenceTail(torch.autograd.Function):
         return policy_logps, losses, margins, lengths, group_sums, group_counts
 
     @staticmethod
-    @once_differentiable
+    @_differentiable_once
     def backward(
         ctx: Any, grad_policy_logps: torch.Tensor | None, grad_losses: torch.Tensor | None, *_: Any
     ) -> tuple[torch.Tensor | None, ...]:
@@ -118,7 +134,7 @@ class SequenceSum(torch.autograd.Function):
         return sums.to(values.dtype)
 
     @staticmethod
-    @once_differentiable
+    @_differentiable_once
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (cu_seqlens,) = ctx.saved_tensors
         return _expand(grad, cu_seqlens, ctx.rows), None, None
@@ -130,7 +146,9 @@ def _expand(scale: torch.Tensor, cu_seqlens: torch.Tensor | None, rows: int) -> 
         sequences = max(scale.shape[0], 1)
         return scale.unsqueeze(1).expand(-1, rows // sequences).reshape(rows)
     # searchsorted and not repeat_interleave: rows past the last sequence need an answer, and no host sync.
-    index = torch.searchsorted(cu_seqlens[1:], torch.arange(rows, device=scale.device, dtype=cu_seqlens.dtype), right=True)
+    index = torch.searchsorted(
+        cu_seqlens[1:], torch.arange(rows, device=scale.device, dtype=cu_seqlens.dtype), right=True
+    )
     return torch.nn.functional.pad(scale, (0, 1))[index.clamp(max=scale.shape[0])]
 
 

@@ -6,6 +6,7 @@ dtype and computes in it; give it float64 to have the truth.
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -46,7 +47,7 @@ def sequence_sums(values: torch.Tensor, cu_seqlens: torch.Tensor | None = None) 
     if cu_seqlens is None:
         return values.sum(dim=-1)
     edges = cu_seqlens.tolist()
-    return torch.stack([values[start:end].sum() for start, end in zip(edges[:-1], edges[1:], strict=True)])
+    return torch.stack([values[start:end].sum() for start, end in itertools.pairwise(edges)])
 
 
 def labelled_tokens(
@@ -87,6 +88,8 @@ def pair_losses(
     """(B,) ``l_i``, the loss of each pair as a function of its margin."""
     x, eps = beta * margins, label_smoothing
     match loss_type:
+        case "sigmoid" | "robust" if eps == 0:  # the same, and without 0 * inf where the rejected reply is impossible
+            return -F.logsigmoid(x)
         case "sigmoid":  # DPO; with smoothing, conservative DPO
             return -(1 - eps) * F.logsigmoid(x) - eps * F.logsigmoid(-x)
         case "robust":  # unbiased under labels flipped with probability eps
@@ -109,7 +112,7 @@ def pair_slopes(
         case "robust":
             return beta * (-(1 - eps) * torch.sigmoid(-x) - eps * torch.sigmoid(x)) / (1 - 2 * eps)
         case "hinge":
-            return torch.where(x < 1, -beta, 0.0).to(margins.dtype)
+            return -beta * (x < 1).to(margins.dtype)
         case "ipo":
             return 2 * (margins - 1 / (2 * beta))
     raise ValueError(f"loss_type {loss_type!r} is not known")

@@ -9,6 +9,7 @@ reach the size of the logits.  Accumulation dtype: float32, float64 for float64 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -33,15 +34,15 @@ def token_logps_fwd(
     logits: torch.Tensor, targets: torch.Tensor, logps: torch.Tensor, lse: torch.Tensor, *, ignore_index: int
 ) -> None:
     """``logps[r] = z[r, y_r] - lse_r``; see ``backends.__doc__``."""
-    for rows, start in _chunks(logits, logps.dtype):
-        part = slice(start, start + rows.shape[0])
+    for part, rows in _chunks(logps.dtype, logits):
         z, target = rows.to(logps.dtype), targets[part]
         top = z.amax(dim=1, keepdim=True)
         # No special case for infinities: inf - inf is NaN, which is what torch.log_softmax gives.
-        row_lse = (z - top).exp_().sum(dim=1).log_().add_(top.squeeze(1))
-        lse[part] = row_lse
+        log_sum = (z - top).exp_().sum(dim=1).log_()
+        lse[part] = log_sum + top.squeeze(1)
         index, valid = _safe_index(target, logits.shape[-1])
-        logp = z.gather(1, index.unsqueeze(1)).squeeze(1).sub_(row_lse)
+        # Not z - lse: at |z| = 1e4, rounding lse to float32 would cost 5e-4.
+        logp = z.gather(1, index.unsqueeze(1)).sub_(top).squeeze(1).sub_(log_sum)
         logp.masked_fill_(~valid, torch.nan)
         logps[part] = logp.masked_fill_(target == ignore_index, 0)
 
@@ -56,8 +57,7 @@ def token_logps_bwd(
     ignore_index: int,
 ) -> None:
     """``dz[r, v] = c_r ((v == y_r) - exp(z[r, v] - lse_r))``, in place or not; see ``backends.__doc__``."""
-    for (rows, start), (out, _) in zip(_chunks(logits, lse.dtype), _chunks(grad_logits, lse.dtype), strict=True):
-        part = slice(start, start + rows.shape[0])
+    for part, rows, out in _chunks(lse.dtype, logits, grad_logits):
         target, scale = targets[part], grad_logps[part].unsqueeze(1)
         index, valid = _safe_index(target, logits.shape[-1])
         shifted = rows.to(lse.dtype, copy=True).sub_(lse[part].unsqueeze(1))
@@ -138,6 +138,8 @@ def _value_and_slope(
         a, b = 1 - smoothing, smoothing
     else:  # robust: unbiased under labels flipped with probability `smoothing`
         a, b = (1 - smoothing) / (1 - 2 * smoothing), -smoothing / (1 - 2 * smoothing)
+    if b == 0:  # not 0 * lose: a rejected reply that is impossible has lose = inf
+        return win, beta * d_win
     return a * win + b * lose, beta * (a * d_win + b * d_lose)
 
 
@@ -153,18 +155,20 @@ def _safe_index(target: torch.Tensor, vocabulary: int) -> tuple[torch.Tensor, to
     return torch.where(valid, target, 0), valid
 
 
-def _chunks(logits: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, int]]:
-    """Views of a few rows each, ``(rows, V)``, and the index of the first, in the order of rows."""
-    sequences, length, vocabulary = logits.shape
-    if logits.numel() == 0:
+def _chunks(dtype: torch.dtype, *tensors: torch.Tensor) -> Iterator[tuple[Any, ...]]:
+    """In the order of rows: a slice of rows, and a view of them, ``(rows, V)``, in each of these (S, T, V) tensors.
+
+    The tensors may have different strides; only where all of them allow it are rows taken across sequences.
+    """
+    sequences, length, vocabulary = tensors[0].shape
+    if tensors[0].numel() == 0:
         return
-    budget = _CHUNK_BYTES.get(logits.device.type, _DEFAULT_CHUNK_BYTES)
+    budget = _CHUNK_BYTES.get(tensors[0].device.type, _DEFAULT_CHUNK_BYTES)
     step = max(1, budget // (vocabulary * dtype.itemsize))
-    if sequences == 1 or logits.stride(0) == length * logits.stride(1):
-        flat = logits.as_strided((sequences * length, vocabulary), (logits.stride(1), 1))
-        for start in range(0, sequences * length, step):
-            yield flat[start : start + step], start
-    else:
-        for s in range(sequences):
-            for start in range(0, length, step):
-                yield logits[s, start : start + step], s * length + start
+    if all(sequences == 1 or z.stride(0) == length * z.stride(1) for z in tensors):
+        sequences, length = 1, sequences * length
+        tensors = tuple(z.as_strided((1, length, vocabulary), (0, z.stride(1), 1)) for z in tensors)
+    for s in range(sequences):
+        for start in range(0, length, step):
+            stop = min(start + step, length)
+            yield slice(s * length + start, s * length + stop), *(z[s, start:stop] for z in tensors)

@@ -1,0 +1,32 @@
+"""What every test starts from: fixed seeds, few threads, and for kernels a memory that lies until it is written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+KERNEL_FOLDERS = {"spec", "kernels", "gpu"}
+
+# Small tensors on many threads are slower, and workers of pytest-xdist share the cores.
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _same_start():
+    """The same random numbers in every test, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(request):
+    """Fill ``torch.empty`` with NaN: an output element that a kernel forgets to write cannot look right by luck."""
+    if request.node.path.parent.name not in KERNEL_FOLDERS:
+        yield
+        return
+    was_on, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    torch.use_deterministic_algorithms(was_on, warn_only=warned)
