@@ -1,0 +1,73 @@
+"""Block sizes and warps by vocabulary and dtype.
+
+A table, and not an autotuner: a training run should not stop at its first step, or at a new shape, to time
+kernels.  ``python -m benchmarks.tune_triton`` times the candidates on a GPU and prints this table anew.
+The entries follow from the compiler's report and the counting below; they have not been run on a GPU.
+
+A multiprocessor of an H100 needs some 20 KB of loads in flight to keep its memory busy.  Forward, at 32 registers
+a thread, has 2048 threads with 32 bytes or more each; backward, at 40 (bfloat16) and 32 (float32), has 1536 and 2048
+threads with 16 and 32 bytes.  Twice the block costs backward twice the registers and wins nothing.  The
+tail is one or a few programs whose float64 tiles must fit in registers: 1024 and 2048 elements over 8 warps do,
+4096 spill.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+
+Direction = Literal["fwd", "bwd"]
+
+
+class TokenLogpsOptions(NamedTuple):
+    """How a kernel over the vocabulary is launched."""
+
+    block_v: int
+    """Elements of a row in one block."""
+    num_warps: int
+    vec: int
+    """Elements in 16 bytes."""
+
+
+class TailOptions(NamedTuple):
+    """How the tail is launched: one tile is ``block_pairs`` sequences of ``block_tokens`` tokens."""
+
+    block_pairs: int
+    block_tokens: int
+    block_groups: int
+    num_warps: int
+
+
+# (largest V, block_v, num_warps) by direction and bytes per element; the last line takes every larger V.
+TOKEN_LOGPS: dict[tuple[Direction, int], tuple[tuple[float, int, int], ...]] = {
+    ("fwd", 2): ((1024, 1024, 2), (8192, 2048, 4), (float("inf"), 4096, 8)),
+    ("fwd", 4): ((1024, 1024, 2), (8192, 2048, 4), (float("inf"), 4096, 8)),
+    ("bwd", 2): ((1024, 512, 2), (8192, 1024, 4), (float("inf"), 2048, 8)),
+    ("bwd", 4): ((1024, 512, 2), (8192, 1024, 4), (float("inf"), 2048, 8)),
+}
+
+# (largest mean length of a sequence, block_pairs, block_tokens).  Three shapes and no more, so that lengths which
+# change from batch to batch do not bring a compilation each.
+TAIL: tuple[tuple[float, int, int], ...] = ((64, 16, 64), (512, 4, 512), (float("inf"), 2, 1024))
+
+# Groups are split over programs in blocks of this many (see preference_tail.py).
+TAIL_BLOCK_GROUPS = 256
+TAIL_WARPS = 8
+
+
+def token_logps_options(direction: Direction, vocabulary: int, dtype: torch.dtype) -> TokenLogpsOptions:
+    """The entry for rows of ``vocabulary`` elements of ``dtype``."""
+    entries = TOKEN_LOGPS[direction, dtype.itemsize]
+    block_v, num_warps = next(entry[1:] for entry in entries if vocabulary <= entry[0])
+    # A warp of AMD's data-centre GPUs has 64 threads: half as many for the same threads per block.
+    num_warps = num_warps // 2 if torch.version.hip is not None else num_warps
+    return TokenLogpsOptions(block_v, num_warps, 16 // dtype.itemsize)
+
+
+def tail_options(mean_length: float, num_groups: int) -> TailOptions:
+    """The entry for sequences of this mean length."""
+    block_pairs, block_tokens = next(entry[1:] for entry in TAIL if mean_length <= entry[0])
+    num_warps = TAIL_WARPS // 2 if torch.version.hip is not None else TAIL_WARPS
+    block_groups = 16 if num_groups <= 16 else TAIL_BLOCK_GROUPS
+    return TailOptions(block_pairs, block_tokens, block_groups, num_warps)
