@@ -103,8 +103,8 @@ def ninja_file(objects, sources, target):
 
     cuda = any(rule == "nvcc" for _, _, rule, _ in objects)
     include = f"-I{sysconfig.get_paths()['include']} -I{pybind11.get_include()}"
-    # gcc sees uninitialized registers inside its own AVX-512 headers, hence the two -Wno.
-    warnings = "-Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized"
+    # gcc sees uninitialized registers inside its own AVX-512 headers, hence the last two; clang lacks one of them.
+    warnings = "-Wall -Wextra -Wno-unknown-warning-option -Wno-uninitialized -Wno-maybe-uninitialized"
     openmp = "" if cuda else "-fopenmp"
     lines = [
         f"cxxflags = -std=c++17 -O3 -fPIC -fvisibility=hidden {warnings} {openmp} {include}",

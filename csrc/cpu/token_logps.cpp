@@ -15,6 +15,7 @@ namespace {
 
 constexpr int kUnroll = 4;
 constexpr int64_t kStep = kUnroll * kLanes;
+constexpr int64_t kBlock = 16 * kStep;          // elements summed up before they join the sum of the row
 constexpr int64_t kSerialElements = 16384;      // below this many, starting threads costs more than it saves
 constexpr int64_t kStreamedBytes = 16 << 20;    // gradients larger than this would only push others out of the cache
 constexpr uintptr_t kStreamAlignment = 64;
@@ -67,13 +68,22 @@ inline void from_float(T* out, float x) {
 
 // ---- forward
 
-// sum_v exp(z[v] - top), for a top that follows the largest element seen.
+// sum_v exp(z[v] - top), for a top that follows the largest element seen.  In two levels: where one element holds
+// nearly all the mass, a long float32 sum beside it would swallow the rest one by one, and 1 - p with it.
 struct RunningSum {
   float top = -FLT_MAX;  // finite, so that -inf - top is -inf and not NaN
-  Vec sum[kUnroll];
+  Vec block[kUnroll], row[kUnroll];
 
   RunningSum() {
-    for (auto& s : sum) s = broadcast(0.0f);
+    for (auto& s : block) s = broadcast(0.0f);
+    for (auto& s : row) s = broadcast(0.0f);
+  }
+
+  inline void end_block() {
+    for (int u = 0; u < kUnroll; ++u) {
+      row[u] = row[u] + block[u];
+      block[u] = broadcast(0.0f);
+    }
   }
 
   // Rare: on rows in random order some log(V / kStep) times.
@@ -83,13 +93,14 @@ struct RunningSum {
     float raised = top;
     for (float x : lanes) raised = x > raised ? x : raised;
     const Vec factor = broadcast(exp(top - raised));
-    for (auto& s : sum) s = s * factor;
+    for (auto& s : block) s = s * factor;
+    for (auto& s : row) s = s * factor;
     top = raised;
   }
 
   inline double total() const {
     double result = 0;
-    for (const auto& s : sum) {
+    for (const auto& s : row) {
       float lanes[kLanes];
       memcpy(lanes, &s, sizeof lanes);
       for (float x : lanes) result += x;
@@ -102,29 +113,33 @@ template <class T>
 inline RunningSum running_sum(const T* z, int64_t n) {
   RunningSum running;
   Vec top = broadcast(running.top);
-  int64_t v = 0;
-  for (; v + kStep <= n; v += kStep) {
-    Vec x[kUnroll];
-    for (int u = 0; u < kUnroll; ++u) x[u] = load(z + v + u * kLanes);
-    const Vec largest = max_keeping_nan_of_second(max_keeping_nan_of_second(x[0], x[1]),
-                                                  max_keeping_nan_of_second(x[2], x[3]));
-    if (__builtin_expect(any_greater(largest, top), 0)) {
-      running.raise_top(largest);
+  const auto follow = [&](Vec candidates) {
+    if (__builtin_expect(any_greater(candidates, top), 0)) {
+      running.raise_top(candidates);
       top = broadcast(running.top);
     }
-    for (int u = 0; u < kUnroll; ++u) running.sum[u] = running.sum[u] + exp(x[u] - top);
+  };
+  int64_t v = 0;
+  while (v + kStep <= n) {
+    const int64_t end = v + kBlock <= n ? v + kBlock : n;
+    for (; v + kStep <= end; v += kStep) {
+      Vec x[kUnroll];
+      for (int u = 0; u < kUnroll; ++u) x[u] = load(z + v + u * kLanes);
+      follow(max_keeping_nan_of_second(max_keeping_nan_of_second(x[0], x[1]),
+                                       max_keeping_nan_of_second(x[2], x[3])));
+      for (int u = 0; u < kUnroll; ++u) running.block[u] = running.block[u] + exp(x[u] - top);
+    }
+    running.end_block();
   }
   for (; v < n; v += kLanes) {
     T padded[kLanes];
     const bool whole = v + kLanes <= n;
     if (!whole) copy_padded(padded, z + v, n - v);
     const Vec x = load(whole ? z + v : padded);
-    if (any_greater(x, top)) {
-      running.raise_top(x);
-      top = broadcast(running.top);
-    }
-    running.sum[0] = running.sum[0] + exp(x - top);
+    follow(x);
+    running.block[0] = running.block[0] + exp(x - top);
   }
+  running.end_block();
   return running;
 }
 
@@ -148,7 +163,8 @@ void forward_rows(const ForwardArgs& args) {
     args.lse[row] = static_cast<float>(running.top + log_total);
     // Not z - lse: at |z| = 1e4, rounding lse to float32 would cost 5e-4.
     const bool in_range = target >= 0 && target < rows.vocabulary;
-    args.logps[row] = in_range ? static_cast<float>((to_float(z + target) - static_cast<double>(running.top)) - log_total) : NAN;
+    const double logp = in_range ? (static_cast<double>(to_float(z + target)) - running.top) - log_total : NAN;
+    args.logps[row] = static_cast<float>(logp);
   }
 }
 
