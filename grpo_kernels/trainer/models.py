@@ -16,9 +16,10 @@ BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 _BYTES_AND_SPECIALS = 256 + 3
 # A role in brackets, the text, and an end: enough for the embedded model to take chat messages.
 _TINY_CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
-    "{% if add_generation_prompt %}[assistant] {% endif %}"
+    "{{ bos_token }}{% for message in messages %}{% if not loop.first %}{{ '\n' }}{% endif %}"
+    "[{{ message['role'] }}] {{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n[assistant] ' }}{% endif %}"
 )
 
 
@@ -52,10 +53,10 @@ def load_policy(config: ModelConfig, *, train_texts: Iterable[str] | None = None
         _ensure_pad_token(tokenizer, config.name)
         _check_vocabulary(model, tokenizer)
         model.config.use_cache = False  # keys and values of past tokens are for generating
+        if config.gradient_checkpointing:
+            _checkpoint_activations(model)
         if config.lora is not None:
             model = _with_adapters(model, config.lora)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train(), tokenizer
 
 
@@ -222,6 +223,15 @@ def _check_vocabulary(model: Any, tokenizer: Any) -> None:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, the model embeds {rows}: they do not belong together"
         )
+
+
+def _checkpoint_activations(model: Any) -> None:
+    # Non-reentrant, since it alone works where the inputs of a block need no gradient, as with adapters.
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:  # as earlier transformers 5 calls it
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def _with_adapters(model: Any, config: LoraConfig) -> Any:

@@ -101,6 +101,7 @@ def _json_rows(path: Path, source: str) -> Iterator[tuple[dict[str, Any], str]]:
         for number, line in enumerate(file, start=1):
             where = f"{source}:{number}"
             line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            line = line.rstrip(b"\r\n")
             if not line.strip():
                 continue
             try:
@@ -111,7 +112,7 @@ def _json_rows(path: Path, source: str) -> Iterator[tuple[dict[str, Any], str]]:
                 raise ValueError(f"{where}: broken JSON: nested too deeply") from error
             except ValueError as error:
                 # json counts lines within the one line it is given, which would contradict ours.
-                problem = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+                problem = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else error
                 raise ValueError(f"{where}: broken JSON: {problem}") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{where}: a line must hold one JSON object, got {type(row).__name__}")

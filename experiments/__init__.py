@@ -1,0 +1,1 @@
+"""Experiments through the public API: run them as modules, ``python -m experiments.…``."""

@@ -1,0 +1,1 @@
+"""Human preference pairs over assistant replies, in four groups."""
