@@ -19,6 +19,9 @@ import torch
 
 Direction = Literal["fwd", "bwd"]
 
+WARP_SIZE = 32 if torch.version.hip is None else 64
+"""Threads of a warp, 64 on AMD's data-centre GPUs: the table counts warps of 32, and keeps the threads of a block."""
+
 
 class TokenLogpsOptions(NamedTuple):
     """How a kernel over the vocabulary is launched."""
@@ -56,18 +59,17 @@ TAIL_BLOCK_GROUPS = 256
 TAIL_WARPS = 8
 
 
-def token_logps_options(direction: Direction, vocabulary: int, dtype: torch.dtype) -> TokenLogpsOptions:
+def token_logps_options(
+    direction: Direction, vocabulary: int, dtype: torch.dtype, warp_size: int = WARP_SIZE
+) -> TokenLogpsOptions:
     """The entry for rows of ``vocabulary`` elements of ``dtype``."""
     entries = TOKEN_LOGPS[direction, dtype.itemsize]
     block_v, num_warps = next(entry[1:] for entry in entries if vocabulary <= entry[0])
-    # A warp of AMD's data-centre GPUs has 64 threads: half as many for the same threads per block.
-    num_warps = num_warps // 2 if torch.version.hip is not None else num_warps
-    return TokenLogpsOptions(block_v, num_warps, 16 // dtype.itemsize)
+    return TokenLogpsOptions(block_v, num_warps * 32 // warp_size, 16 // dtype.itemsize)
 
 
-def tail_options(mean_length: float, num_groups: int) -> TailOptions:
+def tail_options(mean_length: float, num_groups: int, warp_size: int = WARP_SIZE) -> TailOptions:
     """The entry for sequences of this mean length."""
     block_pairs, block_tokens = next(entry[1:] for entry in TAIL if mean_length <= entry[0])
-    num_warps = TAIL_WARPS // 2 if torch.version.hip is not None else TAIL_WARPS
     block_groups = 16 if num_groups <= 16 else TAIL_BLOCK_GROUPS
-    return TailOptions(block_pairs, block_tokens, block_groups, num_warps)
+    return TailOptions(block_pairs, block_tokens, block_groups, TAIL_WARPS * 32 // warp_size)

@@ -1,0 +1,186 @@
+"""Every Triton kernel at every entry of its table, compiled ahead of time for GPUs that need not be here.
+
+What the compiler's output can tell is asked of it: no spilled registers, shared memory that any GPU has, 16-byte
+loads and stores.  By default one architecture and the entries of long rows; ``-m slow`` takes all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from grpo_kernels.types import LOSS_TYPES
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from grpo_kernels.backends import triton as backend  # noqa: E402
+from grpo_kernels.backends.triton import table  # noqa: E402
+from grpo_kernels.backends.triton.preference_tail import preference_tail_kernel  # noqa: E402
+from grpo_kernels.backends.triton.token_logps import token_logps_bwd_kernel, token_logps_fwd_kernel  # noqa: E402
+
+pytestmark = pytest.mark.skipif(backend.INTERPRETED, reason="TRITON_INTERPRET=1 replaces the kernels by Python")
+
+TARGETS = {f"sm_{cc}": GPUTarget("cuda", cc, 32) for cc in (80, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+VOCABULARIES = {"V<=1024": 1024, "V<=8192": 8192, "V>8192": 128256}
+SHARED_LIMIT = 48 * 1024
+"""Bytes that a block gets on every GPU without asking for more."""
+
+SCALARS = {
+    "targets_ptr": "*i64", "logps_ptr": "*fp32", "lse_ptr": "*fp32", "grad_logps_ptr": "*fp32",
+    "stride_sequence": "i64", "stride_row": "i32", "stride_grad_sequence": "i64", "stride_grad_row": "i32",
+    "length": "i32", "vocabulary": "i32", "ignore_index": "i32",
+}  # fmt: skip
+TAIL = {
+    "token_logps_ptr": "*fp32", "targets_ptr": "*i64", "cu_seqlens_ptr": "*i32", "ref_logps_ptr": "*fp64",
+    "group_ids_ptr": "*i64", "pair_weights_ptr": "*fp64", "policy_logps_ptr": "*fp32", "lengths_ptr": "*fp64",
+    "margins_ptr": "*fp32", "losses_ptr": "*fp32", "slopes_ptr": "*fp32", "group_sums_ptr": "*fp64",
+    "group_counts_ptr": "*i64", "num_pairs": "i32", "num_groups": "i32", "length": "i32", "ignore_index": "i32",
+    "beta_bits": "i64", "smoothing_bits": "i64",
+}  # fmt: skip
+OPTIONAL = ("targets_ptr", "cu_seqlens_ptr", "ref_logps_ptr", "pair_weights_ptr")
+
+
+def compile_kernel(kernel, types, constants, target, num_warps):
+    signature = {name: types[name] if name not in constants else "constexpr" for name in kernel.arg_names}
+    source = ASTSource(kernel, signature, constexprs=constants)
+    return triton.compile(source, target=target, options={"num_warps": num_warps})
+
+
+def assert_fits(compiled):
+    """No register went to memory, and the block's shared memory is there on any GPU."""
+    assert compiled.metadata.shared <= SHARED_LIMIT
+    if compiled.metadata.target.backend == "hip":
+        spilled = re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s*(\d+)", compiled.asm["amdgcn"])
+        assert len(spilled) >= 2
+        assert not any(map(int, spilled))
+        return
+    usage = resource_usage(compiled)
+    assert usage["STACK"] == 0, usage
+    assert usage["LOCAL"] == 0, usage
+
+
+def resource_usage(compiled) -> dict[str, int]:
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    binary = Path(triton.knobs.cache.dir, f"{compiled.hash}.{compiled.metadata.target.arch}.cubin")
+    binary.parent.mkdir(parents=True, exist_ok=True)
+    binary.write_bytes(compiled.asm["cubin"])
+    try:
+        report = subprocess.run(
+            [cuobjdump, "--dump-resource-usage", binary], capture_output=True, text=True, check=True
+        )
+    finally:
+        binary.unlink()
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", report.stdout)}
+
+
+def memory_widths(compiled, access: str) -> list[int]:
+    """Bytes of every load ("ld") or store ("st") of global memory in the program text, per thread."""
+    if compiled.metadata.target.backend == "hip":
+        name = "load" if access == "ld" else "store"
+        widths = {"dwordx4": 16, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2, "short_d16": 2, "short_d16_hi": 2}
+        found = re.findall(rf"(?:global|buffer|flat)_{name}_(\w+)", compiled.asm["amdgcn"])
+        return [widths[kind] for kind in found]
+    found = re.findall(rf"\b{access}\.global[\w.:]*?(?:\.v(\d))?\.[bfus](\d+)\s", compiled.asm["ptx"])
+    return [int(lanes or 1) * int(bits) // 8 for lanes, bits in found]
+
+
+def assert_wide(compiled, access: str, block_v: int, itemsize: int, threads: int) -> None:
+    """All of a block of the vocabulary moves 16 bytes at a time; what is narrower is a handful of scalars."""
+    widths = memory_widths(compiled, access)
+    needed = block_v * itemsize // (16 * threads)
+    assert widths.count(16) >= needed, widths
+    assert len(widths) - widths.count(16) <= 6, widths
+
+
+def row_kernels(target, dtype_name, vocabulary):
+    """Forward and backward at one entry of the table, for rows that are aligned and rows that are not."""
+    dtype = DTYPES[dtype_name]
+    types = {**SCALARS, "logits_ptr": "*" + dtype_name, "grad_logits_ptr": "*" + dtype_name}
+    variants = [("fwd", token_logps_fwd_kernel, {"ALIGNED": a}) for a in (True, False)]
+    variants += [("bwd", token_logps_bwd_kernel, {"ALIGNED": a, "GRAD_HINT": h}) for a, h in ((1, 16), (0, 16), (0, 1))]
+    for direction, kernel, constants in variants:
+        options = table.token_logps_options(direction, vocabulary, dtype, target.warp_size)
+        constants = {"BLOCK_V": options.block_v, "VEC": options.vec, **constants}
+        used = {name: types[name] for name in kernel.arg_names if name in types}
+        yield direction, constants, options, compile_kernel(kernel, used, constants, target, options.num_warps)
+
+
+def check_row_kernels(target, dtype_name, vocabulary):
+    for direction, constants, options, compiled in row_kernels(target, dtype_name, vocabulary):
+        assert_fits(compiled)
+        moved = (options.block_v, DTYPES[dtype_name].itemsize, options.num_warps * target.warp_size)
+        assert_wide(compiled, "ld", *moved)
+        if direction == "bwd" and constants["GRAD_HINT"] == 16:
+            assert_wide(compiled, "st", *moved)
+
+
+def check_tail(target, mean_length, num_groups, loss_type, absent=(), length_normalize=True):
+    options = table.tail_options(mean_length, num_groups, target.warp_size)
+    constants = {
+        "LOSS_TYPE": LOSS_TYPES.index(loss_type), "LENGTH_NORMALIZE": length_normalize,
+        "BLOCK_PAIRS": options.block_pairs, "BLOCK_TOKENS": options.block_tokens,
+        "BLOCK_GROUPS": options.block_groups, **dict.fromkeys(absent),
+    }  # fmt: skip
+    assert_fits(compile_kernel(preference_tail_kernel, TAIL, constants, target, options.num_warps))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_rows_of_a_large_vocabulary(dtype):
+    check_row_kernels(TARGETS["sm_90"], dtype, 128256)
+
+
+def test_the_tail():
+    check_tail(TARGETS["sm_90"], 512, 4, "sigmoid")
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_no_two_threads_share_an_element(itemsize):
+    """In place, a thread may only read what it alone writes: a block has no more threads than 16-byte groups."""
+    for direction, warp_size in itertools.product(("fwd", "bwd"), (32, 64)):
+        for vocabulary in VOCABULARIES.values():
+            dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
+            options = table.token_logps_options(direction, vocabulary, dtype, warp_size)
+            assert options.block_v // options.vec >= options.num_warps * warp_size
+            assert options.num_warps >= 1
+
+
+def test_a_spill_is_seen():
+    """The check above can fail: eight times the tail's tile does not fit in registers."""
+    constants = {
+        "LOSS_TYPE": 0, "LENGTH_NORMALIZE": True, "BLOCK_PAIRS": 16, "BLOCK_TOKENS": 512, "BLOCK_GROUPS": 16,
+    }  # fmt: skip
+    compiled = compile_kernel(preference_tail_kernel, TAIL, constants, TARGETS["sm_90"], 8)
+    with pytest.raises(AssertionError, match="STACK"):
+        assert_fits(compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_rows_everywhere(target, dtype, vocabulary):
+    check_row_kernels(TARGETS[target], dtype, VOCABULARIES[vocabulary])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("num_groups", [16, 10000])
+@pytest.mark.parametrize("mean_length", [64, 512, 4096])
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_tail_everywhere(target, mean_length, num_groups, loss_type):
+    check_tail(TARGETS[target], mean_length, num_groups, loss_type)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("absent", [OPTIONAL, *((name,) for name in OPTIONAL)])
+def test_the_tail_without(absent):
+    check_tail(TARGETS["sm_90"], 512, 4, "robust", absent, length_normalize=False)

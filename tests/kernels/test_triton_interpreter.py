@@ -1,0 +1,123 @@
+"""The Triton kernels themselves, run on the CPU by Triton's interpreter.
+
+A process either interprets the kernels or compiles them, from the first import on; so the test that runs by default
+starts pytest anew, on the one parity matrix and on what follows here: rows and sequences of several blocks, which the
+matrix leaves out for the interpreter as too slow, and starts at every place within 16 bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import (
+    DTYPES,
+    Place,
+    assert_relative_budget,
+    assert_within_budget,
+    backward,
+    case_id,
+    forward,
+    oracle,
+    run_tail,
+    tail_oracle,
+)
+
+from grpo_kernels.types import IGNORE_INDEX
+
+HERE = Path(__file__).parent
+INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
+TRITON = Place("triton", "cpu")
+
+inside = pytest.mark.skipif(not INSIDE, reason="runs in the process that test_in_the_interpreter starts")
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+
+
+@pytest.mark.skipif(INSIDE, reason="this is that process")
+def test_in_the_interpreter():
+    pytest.importorskip("triton")
+    files = [HERE / name for name in ("test_parity.py", "test_preference_tail.py", "test_triton_interpreter.py")]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "triton_interpreter", "-p", "no:cacheprovider", *files],
+        env={
+            **os.environ,
+            "GRPO_KERNELS_TEST_BACKENDS": "triton",
+            "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
+            "TRITON_INTERPRET": "1",
+            "OMP_NUM_THREADS": "1",
+        },
+        cwd=HERE.parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout
+
+
+@inside
+@pytest.mark.parametrize(("vocabulary", "start"), [(4500, 0), (4500, 1), (9003, 3), (1024, 0), (2056, 5), (7, 3)])
+@every_dtype
+def test_rows_of_several_blocks_from_any_start(dtype, vocabulary, start):
+    """More than one block, whole and partial, with edges in front, behind, both and neither."""
+    generator = torch.Generator().manual_seed(vocabulary + start)
+    rows = 5
+    memory = torch.full((rows * (vocabulary + 1) + start,), torch.nan, dtype=dtype)
+    logits = memory[start:].view(1, rows, vocabulary + 1)[..., :vocabulary]
+    logits.copy_((3 * torch.randn(rows, vocabulary, generator=generator)).to(dtype))
+    targets = torch.tensor([0, vocabulary - 1, vocabulary // 2, IGNORE_INDEX, min(5, vocabulary - 1)])
+    grads = torch.randn(rows, generator=generator)
+    exact_logps, exact_grads = oracle(logits, targets, grads)
+    plain_logps, plain_grads = oracle(logits, targets, grads, torch.float32)
+    logps, lse = forward(TRITON, logits, targets)
+    assert_within_budget(logps, plain_logps, exact_logps, exact_logps.abs().max().item())
+    gradient = backward(TRITON, logits, targets, lse, grads)
+    reach = logits.double().abs().max().item()
+    # The target's entry is the better one of the two, so PyTorch's is no budget for it: see test_parity.py.
+    hit = torch.nn.functional.one_hot(targets.clamp(min=0), vocabulary).bool().view(gradient.shape)
+    assert_relative_budget(*(g.masked_fill(hit, 0) for g in (gradient, plain_grads.to(dtype), exact_grads)), reach)
+    assert_within_budget(gradient, plain_grads.to(dtype), exact_grads, reach)
+    outside = memory.clone()
+    backward(TRITON, logits, targets, lse, grads, logits)
+    assert torch.equal(logits, gradient)
+    logits.copy_(outside[start:].view(1, rows, vocabulary + 1)[..., :vocabulary])
+    assert torch.equal(memory.nan_to_num(nan=9), outside.nan_to_num(nan=9)), "written outside the rows"
+
+
+@inside
+@pytest.mark.parametrize("packed", [False, True])
+def test_sequences_of_several_blocks(packed):
+    """Longer than a tile of tokens, more pairs than a tile of pairs, more groups than a block of groups."""
+    generator = torch.Generator().manual_seed(5)
+    for pairs, length, groups in ((5, 1100, 3), (37, 20, 600)):
+        counts = (
+            torch.randint(0, length, (2 * pairs,), generator=generator) if packed else torch.full((2 * pairs,), length)
+        )
+        cu_seqlens = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+        rows = int(counts.sum())
+        targets = torch.randint(0, 9, (rows,), generator=generator)
+        targets[torch.rand(rows, generator=generator) < 0.3] = IGNORE_INDEX
+        logps = torch.where(targets == IGNORE_INDEX, 0.0, -torch.rand(rows, generator=generator))
+        ref_logps = -torch.rand(2 * pairs, generator=generator, dtype=torch.float64)
+        group_ids = torch.randint(0, groups, (pairs,), generator=generator)
+        options = {"loss_type": "robust", "beta": 0.1, "label_smoothing": 0.2, "length_normalize": True}
+        inputs = (ref_logps, group_ids, None, groups)
+        got = run_tail(TRITON, logps, targets, cu_seqlens if packed else None, *inputs, **options)
+        want = tail_oracle(logps, targets, cu_seqlens, *inputs, **options)
+        for name, value in want.items():
+            tolerance = 1e-12 if got[name].dtype != torch.float32 else 2.0**-23
+            torch.testing.assert_close(got[name].double(), value.double(), rtol=tolerance, atol=1e-10)
+
+
+@inside
+def test_this_process_interprets():
+    from grpo_kernels.backends import backends, triton
+
+    assert triton.INTERPRETED
+    assert backends()["triton"] is None
+    assert "cpu" in triton.unsupported_reason(torch.device("cuda"), torch.float32)
+    assert "float64" in triton.unsupported_reason(torch.device("cpu"), torch.float64)
