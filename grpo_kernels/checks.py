@@ -6,6 +6,7 @@ the kernels answer a bad label or group id with NaN in that pair instead.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -66,7 +67,7 @@ def check_cu_seqlens(cu_seqlens: Any, rows: int, device: torch.device) -> None:
     check_device("cu_seqlens", cu_seqlens, device)
     if values_are_readable(cu_seqlens):
         edges = cu_seqlens.tolist()
-        if edges[0] != 0 or edges[-1] != rows or any(a > b for a, b in zip(edges, edges[1:], strict=False)):
+        if edges[0] != 0 or edges[-1] != rows or any(a > b for a, b in itertools.pairwise(edges)):
             raise ValueError(f"cu_seqlens must rise from 0 to the {rows} rows of logits, got {_short(edges)}")
 
 
@@ -95,15 +96,36 @@ def check_sums(name: str, tensor: Any, shape: tuple[int, ...], device: torch.dev
         raise ValueError(f"{name} must not require grad: the loss has no gradient with respect to it; detach it first")
 
 
-def check_targets_in_range(targets: torch.Tensor, vocabulary: int, ignore_index: int) -> None:
-    """Labels in [0, V) or ``ignore_index``; on CPU."""
-    if values_are_readable(targets):
-        bad = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
+def check_lengths(lengths: Any, shape: tuple[int, ...], device: torch.device) -> None:
+    """Numbers of this shape that carry no gradient."""
+    if not isinstance(lengths, torch.Tensor):
+        raise TypeError(f"lengths must be a tensor or None, got {describe(lengths)}")
+    if lengths.dtype == torch.bool or lengths.is_complex():
+        raise TypeError(f"lengths must be an integer or floating tensor, got {describe(lengths)}")
+    if lengths.shape != torch.Size(shape):
+        raise ValueError(f"lengths must have shape {tuple(shape)}, got {describe(lengths)}")
+    check_device("lengths", lengths, device)
+    if lengths.requires_grad:
+        raise ValueError("lengths must not require grad: the loss has no gradient with respect to it; detach it first")
+
+
+def check_pairs(name: str, num_sequences: int) -> None:
+    """An even number of sequences; ``name`` is the argument that says how many there are."""
+    if num_sequences % 2:
+        raise ValueError(
+            f"{name} must hold an even number of sequences (B chosen, then B rejected), got {num_sequences}"
+        )
+
+
+def check_labels_in_range(labels: torch.Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Labels in [0, V) or ``ignore_index``, where nothing predicts them too; on CPU."""
+    if values_are_readable(labels):
+        bad = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
         if bad.any():
-            found = targets[bad].unique().tolist()
+            found = labels[bad].unique().tolist()
             raise ValueError(
                 f"labels must be in [0, {vocabulary}) or ignore_index={ignore_index}, got {_short(found)} "
-                f"at {int(bad.sum())} of {targets.numel()} positions"
+                f"at {int(bad.sum())} of {labels.numel()} positions"
             )
 
 

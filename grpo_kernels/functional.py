@@ -14,19 +14,19 @@ import torch
 
 from .autograd import PreferenceTail, SequenceSum, TokenLogps
 from .backends import Backend
-from .ops import pick
 from .checks import (
-    check_device,
     check_group_ids,
-    check_integers,
+    check_labels_in_range,
+    check_lengths,
     check_logits,
     check_loss_settings,
     check_overwrite,
+    check_pairs,
     check_sums,
-    check_targets_in_range,
     describe,
 )
 from .group_weights import GroupWeights
+from .ops import pick
 from .types import IGNORE_INDEX, LOSS_TYPES, GroupLossOutput, LossType
 
 
@@ -84,6 +84,7 @@ def fused_grpo_loss(
     check_logits(logits, labels, cu_seqlens)
     check_loss_settings(beta, loss_type, label_smoothing)
     num_sequences = logits.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    check_pairs("logits" if cu_seqlens is None else "cu_seqlens", num_sequences)
     arguments = _Pairs.check(num_sequences, logits.device, ref_logps, group_ids, group_weights, pair_weights)
     targets = _checked_targets(logits, labels, ignore_index, shift, cu_seqlens)
     if overwrite_logits:
@@ -118,11 +119,16 @@ def preference_loss(
 
     Args:
         policy_logps: (2B,) float32 or float64 summed log-probabilities in nats, the B chosen first.
-        lengths: (2B,) numbers that divide policy and reference before the margin; None for no normalising.
+        lengths: (2B,) numbers that divide policy and reference before the margin, anything under 1 counting as 1 (a
+            reply without labels); None for no normalising.
         ref_logps, group_ids, group_weights, beta, loss_type, label_smoothing, pair_weights: as in
             :func:`fused_grpo_loss`.
 
-    Returns, Raises: as :func:`fused_grpo_loss`.
+    Returns:
+        GroupLossOutput, in the dtype of ``policy_logps``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`fused_grpo_loss`.
 
     Source: Ramesh et al. 2024 (arXiv 2405.20304), equations 6 and 10.
     """
@@ -132,13 +138,10 @@ def preference_loss(
         raise ValueError(f"policy_logps must have shape (2B,), got {describe(policy_logps)}")
     check_loss_settings(beta, loss_type, label_smoothing)
     num_sequences, device = policy_logps.shape[0], policy_logps.device
+    check_pairs("policy_logps", num_sequences)
     arguments = _Pairs.check(num_sequences, device, ref_logps, group_ids, group_weights, pair_weights)
     if lengths is not None:
-        if not isinstance(lengths, torch.Tensor):
-            raise TypeError(f"lengths must be a tensor or None, got {describe(lengths)}")
-        if lengths.shape != policy_logps.shape:
-            raise ValueError(f"lengths must have shape {tuple(policy_logps.shape)}, got {describe(lengths)}")
-        check_device("lengths", lengths, device)
+        check_lengths(lengths, policy_logps.shape, device)
     settings = {
         "loss_type": LOSS_TYPES.index(loss_type),
         "beta": float(beta),
@@ -225,10 +228,6 @@ class _Pairs:
         group_weights: Any,
         pair_weights: Any,
     ) -> _Pairs:
-        if num_sequences % 2:
-            raise ValueError(
-                f"a batch of pairs has an even number of sequences (B chosen, then B rejected), got {num_sequences}"
-            )
         if isinstance(group_weights, GroupWeights):
             num_groups, weights_device = group_weights.num_groups, group_weights.log_alpha.device
         elif isinstance(group_weights, torch.Tensor) and group_weights.is_floating_point():
@@ -283,6 +282,7 @@ def _checked_targets(
     """(rows,) int64: the word that each row of logits has to predict.  Shifting labels spares copying logits."""
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {describe(ignore_index)}")
+    check_labels_in_range(labels, logits.shape[-1], ignore_index)
     targets = labels.reshape(-1).long()
     if shift and targets.numel():
         targets = targets.roll(-1)
@@ -291,7 +291,6 @@ def _checked_targets(
         else:
             # An empty sequence at the front makes -1 of this, the last row of all, which predicts nothing either.
             targets[cu_seqlens[1:].long() - 1] = ignore_index
-    check_targets_in_range(targets, logits.shape[-1], ignore_index)
     return targets
 
 

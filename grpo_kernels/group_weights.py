@@ -15,6 +15,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -161,7 +162,7 @@ class GroupWeights(nn.Module):
         sampling_probs: torch.Tensor | Sequence[float] | None = None,
         process_group: Any = None,
     ) -> GroupWeights:
-        """Alpha moves towards the groups that do worst.  This is GR-DPO (or GR-IPO); see the class for the arguments."""
+        """Alpha moves towards the groups that do worst.  This is GR-DPO (or GR-IPO); arguments as the class."""
         return cls(
             group_sizes,
             group_lr,
@@ -253,7 +254,8 @@ class GroupWeights(nn.Module):
     def _moved(self, total: torch.Tensor) -> torch.Tensor:
         sums, counts, pairs = total[: self.num_groups], total[self.num_groups : -2], total[-1]
         if self.estimator == "importance":
-            losses, adjustment = sums / (pairs.clamp(min=1) * self.sampling_probs), self.adjustment
+            # A step without a single pair is none: C / sqrt(N_g) alone must not move alpha.
+            losses, adjustment = sums / (pairs.clamp(min=1) * self.sampling_probs), self.adjustment * (pairs > 0)
         else:
             # An absent group's exponent is 0, size adjustment and all: it keeps its log alpha.
             losses, adjustment = sums / counts.clamp(min=1), self.adjustment * (counts > 0)
@@ -269,7 +271,7 @@ class GroupWeights(nn.Module):
                 f"group_lr={self.group_lr:g} is large for {pairs} pairs a step: one pair of the rarest group, with a "
                 f"loss of 1, multiplies its weight by exp({self.group_lr * self._largest_boost / pairs:.3g}). "
                 "Use a smaller group_lr, a larger batch, balanced sampling, or estimator='group_mean'.",
-                stacklevel=3,
+                stacklevel=4,  # the caller of step(), past the frame of torch.no_grad
             )
 
     def extra_repr(self) -> str:
@@ -315,8 +317,9 @@ class GroupWeights(nn.Module):
 def _names_and_sizes(group_sizes: Any) -> tuple[tuple[str, ...], list[int]]:
     if isinstance(group_sizes, Mapping):
         names, sizes = [str(name) for name in group_sizes], list(group_sizes.values())
-    elif isinstance(group_sizes, (Sequence, torch.Tensor)) and not isinstance(group_sizes, str):
-        sizes = group_sizes.tolist() if isinstance(group_sizes, torch.Tensor) else list(group_sizes)
+    elif not isinstance(group_sizes, str) and (isinstance(group_sizes, Sequence) or hasattr(group_sizes, "tolist")):
+        # Counts come from torch.bincount and numpy.bincount as often as from a list.
+        sizes = group_sizes.tolist() if hasattr(group_sizes, "tolist") else list(group_sizes)
         names = [str(i) for i in range(len(sizes))]
     else:
         raise TypeError(f"group_sizes must be a mapping name -> size or a sequence, got {_describe(group_sizes)}")
@@ -325,11 +328,11 @@ def _names_and_sizes(group_sizes: Any) -> tuple[tuple[str, ...], list[int]]:
     if len(set(names)) != len(names):
         raise ValueError(f"group_sizes must have distinct names once written as text, got {names}")
     for name, size in zip(names, sizes, strict=True):
-        if isinstance(size, bool) or not isinstance(size, int):
+        if isinstance(size, bool) or not isinstance(size, Integral):
             raise TypeError(f"group_sizes must be integers, got {size!r} for group {name!r}")
         if size <= 0:
             raise ValueError(f"group_sizes must be positive (N_g, pairs in the training set), got {size} for {name!r}")
-    return tuple(names), sizes
+    return tuple(names), [int(size) for size in sizes]
 
 
 def _prior(prior: Any, share: torch.Tensor) -> torch.Tensor:

@@ -111,7 +111,11 @@ def device_kind(device: torch.device) -> str:
 
 
 def backends() -> dict[str, str | None]:
-    """Every backend by name: None where it can run in this process, else the reason it cannot."""
+    """Every backend by name, and why it is not there.
+
+    Returns:
+        {name: None where it can run in this process, else the reason it cannot}, in the order ``auto`` prefers.
+    """
     return {name: _unavailable_reason(name) for name in _MODULES}
 
 
