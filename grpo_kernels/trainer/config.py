@@ -111,6 +111,11 @@ class OptimConfig:
     name: Literal["adamw", "sgd", "rmsprop"] = "adamw"
     lr: float = 1e-4
     weight_decay: float = 0.0
+    """Falls on matrices, not on biases and norms."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of adamw."""
+    eps: float = 1e-8
+    """Of adamw and rmsprop."""
     momentum: float = 0.0
     """Of sgd and rmsprop."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -162,6 +167,11 @@ class TrainConfig:
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: int = 2
     log_every: int = 10
+    """Steps between lines of metrics.jsonl; a line holds means over the steps since the one before."""
+    tensorboard: bool = True
+    """Write TensorBoard's files too, where it is installed."""
+    quiet: bool = False
+    """Print nothing, draw no progress bar."""
     reference_cache: str | None = None
     """Folder of cached reference log-probabilities; None: inside ``run_dir``."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -200,6 +210,8 @@ class TrainConfig:
             data.max_prompt_length,
         )
         _require(_finite(optim.lr) and optim.lr > 0, "optim.lr", "must be positive and finite", optim.lr)
+        _require(_finite(optim.eps) and optim.eps > 0, "optim.eps", "must be positive and finite", optim.eps)
+        _require(all(0 <= b < 1 for b in optim.betas), "optim.betas", "must be in [0, 1)", optim.betas)
         for name in ("weight_decay", "momentum", "lr_warmup_steps", "max_grad_norm"):
             value = getattr(optim, name)
             _require(_finite(value) and value >= 0, f"optim.{name}", "must not be negative", value)

@@ -1,0 +1,417 @@
+"""Training, start to end, in one loop: :func:`train`.
+
+A step is: draw a batch, forward, loss (in which alpha moves), backward, clip, step, project, average.  Around it: the
+reference scored once before, evaluation by group, checkpoints from which a run goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import GroupLossOutput, GroupWeights, fused_grpo_loss
+from .checkpoint import clear_unfinished, load_latest, save_checkpoint, sorted_checkpoints
+from .config import TrainConfig
+from .data import PairDataset, PreferenceCollator, pair_texts, read_pairs, tokenize_pairs
+from .evaluate import GroupReport, autocast, evaluate
+from .metrics import Metrics
+from .models import check_positions, load_policy
+from .optim import (
+    BallProjection,
+    IterateAverage,
+    NonFiniteError,
+    clip_gradients,
+    learning_rate,
+    make_optimizer,
+    set_learning_rate,
+    trained_parameters,
+)
+from .progress import Progress
+from .reference_cache import reference_logps
+from .results import save_config, save_model, write_summary
+from .run_directory import (
+    CHECKPOINTS,
+    FINAL,
+    FINAL_AVERAGE,
+    METRICS,
+    REFERENCE,
+    START,
+    TENSORBOARD,
+    RunDirectory,
+    refuse_existing,
+)
+from .sampling import GroupSampler, make_sampler
+from .state import TrainState, check_resumable
+from .supervised import warm_up
+
+
+@dataclass
+class RunResult:
+    """What a run came to.
+
+    Args:
+        run_dir: where everything is.
+        steps: optimizer steps done.
+        report: held-out evaluation of the last iterate; None without test pairs.
+        average_report: of the averaged iterate; None unless ``optim.average_iterates``.
+        group_weights: alpha in force at the end, by group.
+        summary: what summary.json holds.
+    """
+
+    run_dir: Path
+    steps: int
+    report: GroupReport | None
+    average_report: GroupReport | None
+    group_weights: dict[str, float]
+    summary: dict[str, Any]
+
+
+def train(config: TrainConfig) -> RunResult:
+    """Train a policy on preference pairs in groups; seeds the global random streams with ``config.seed``.
+
+    Args:
+        config: see :class:`TrainConfig`.  With ``resume``, goes on from the last checkpoint in ``run_dir`` so that
+            parameters, optimizer, alpha and metrics end with the same bits as if nothing had happened; where there is
+            no checkpoint yet, starts at the beginning.
+
+    Returns:
+        RunResult.
+
+    Raises:
+        ValueError, TypeError: configuration or data, with the setting or the file, line and field; before anything is
+            written.  On resuming, also a setting that differs from the checkpoint's.
+        NonFiniteError: a loss or gradient is not finite; the last checkpoint stays as it was.
+        CheckpointError: a checkpoint cannot be saved, or none can be read.
+    """
+    config.check()
+    began = time.monotonic()
+    refuse_existing(Path(config.run_dir), overwrite=config.overwrite, resume=config.resume)
+    device = _device(config.device)
+
+    train_pairs = read_pairs(config.data.train, config.data, split=config.data.train_split)
+    test_pairs = read_pairs(config.data.test, config.data, split=config.data.test_split) if config.data.test else []
+    model, tokenizer = load_policy(config.model, train_texts=pair_texts(train_pairs), seed=config.seed)
+    check_positions(model, config.data.max_length)
+    train_set = tokenize_pairs(train_pairs, tokenizer, config.data)
+    test_set = tokenize_pairs(test_pairs, tokenizer, config.data, groups=train_set.groups) if test_pairs else None
+    sampler = make_sampler(config.sampling, train_set.group_ids, config.batch_size, config.seed)
+    group_weights = make_group_weights(config, train_set.group_sizes, sampler.sampling_probs)
+
+    with RunDirectory(config.run_dir, overwrite=config.overwrite, resume=config.resume) as run:
+        job = _Job(config, run, device, model.to(device), tokenizer, train_set, test_set, sampler, group_weights)
+        return job.run(began)
+
+
+def policy_loss(
+    model: torch.nn.Module,
+    batch: Mapping[str, torch.Tensor],
+    ref_logps: torch.Tensor,
+    group_weights: GroupWeights,
+    config: TrainConfig,
+) -> GroupLossOutput:
+    """The loss of one micro-batch: the only place that knows how the policy's log-probabilities come about.
+
+    Args:
+        model: the policy.
+        batch: from :class:`~.data.PreferenceCollator`, on the model's device, B pairs.
+        ref_logps: (2B,) float32, the reference's, chosen first.
+        group_weights: alpha; moves in here unless within ``accumulate()``.
+        config: loss settings.
+    """
+    with autocast(batch["input_ids"].device, config.bf16):
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    return fused_grpo_loss(
+        logits,
+        batch["labels"],
+        ref_logps,
+        batch["group_ids"],
+        group_weights,
+        beta=config.loss.beta,
+        loss_type=config.loss.type,
+        label_smoothing=config.loss.label_smoothing,
+        length_normalize=config.loss.length_normalize,
+        overwrite_logits=True,
+        backend=config.loss.backend,
+    )
+
+
+def make_group_weights(config: TrainConfig, group_sizes: dict[str, int], sampling_probs: list[float]) -> GroupWeights:
+    """The group weights of a method: fixed at N_g/N, fixed at 1/G, or moving."""
+    groups = config.groups
+    if groups.method == "dpo":
+        return GroupWeights.proportional(group_sizes, sampling_probs=sampling_probs)
+    if groups.method == "is_dpo":
+        return GroupWeights.balanced(group_sizes, sampling_probs=sampling_probs)
+    return GroupWeights.robust(
+        group_sizes,
+        groups.group_lr,
+        estimator=groups.estimator,
+        prior=groups.prior,
+        mixing=groups.mixing,
+        size_adjustment=groups.size_adjustment,
+        sampling_probs=sampling_probs,
+    )
+
+
+class _Job:
+    """One run once its parts are there."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: RunDirectory,
+        device: torch.device,
+        model: Any,
+        tokenizer: Any,
+        train_set: PairDataset,
+        test_set: PairDataset | None,
+        sampler: GroupSampler,
+        group_weights: GroupWeights,
+    ) -> None:
+        self.config, self.directory, self.device = config, run, device
+        self.model, self.tokenizer, self.sampler = model, tokenizer, sampler
+        self.train_set, self.test_set = train_set, test_set
+        self.group_weights = group_weights.to(device)
+        self.collate = PreferenceCollator(tokenizer.pad_token_id)
+        self.parameters = trained_parameters(model)
+        self.optimizer = make_optimizer(self.parameters, config.optim)
+        self.project: BallProjection | None = None
+        # The configuration is checked as a whole before; only these two know the data.
+        self.micro_batch_size = config.micro_batch_size or config.batch_size
+
+    def run(self, began: float) -> RunResult:
+        config, folder = self.config, self.directory / CHECKPOINTS
+        clear_unfinished(folder)
+        checkpoint = load_latest(folder) if config.resume else None
+        if checkpoint is not None:
+            check_resumable(config, checkpoint, self.train_set, self.test_set)
+        elif config.resume:
+            _say(config, f"no checkpoint in {self.directory.path}: starting at the beginning")
+        save_config(config, self.directory.path)
+        random.seed(config.seed)
+        torch.manual_seed(config.seed)
+
+        average = IterateAverage(self.parameters) if config.optim.average_iterates else None
+        state = TrainState(self.model, self.parameters, self.optimizer, self.group_weights, average)
+        if checkpoint is not None:
+            state.restore(checkpoint)
+            _say(config, f"resuming after step {state.step}")
+        metrics = Metrics(
+            self.directory / METRICS,
+            keep_bytes=state.metrics_bytes,
+            tensorboard=self.directory / TENSORBOARD if config.tensorboard else None,
+            step=state.step,
+        )
+        try:
+            if checkpoint is None:
+                self._before_training(state, metrics)
+            self.project = self._projection(state)
+            report, average_report = self._loop(state, metrics, began)
+        except KeyboardInterrupt:
+            saved = sorted_checkpoints(folder)
+            last = f"the last checkpoint is {saved[-1]}; resume goes on from it" if saved else "there is no checkpoint"
+            print(f"\ninterrupted after step {state.step}: {last}", file=sys.stderr)
+            raise
+        finally:
+            metrics.close()
+        return self._finish(state, report, average_report, began)
+
+    def _before_training(self, state: TrainState, metrics: Metrics) -> None:
+        """The warm-up, then the reference: the policy as it stands now, scored once on every pair."""
+        config = self.config
+        if config.supervised.steps:
+            warm_up(self.model, self.parameters, self.train_set, self.collate, config, metrics)
+        if config.supervised.steps or config.model.name == "tiny":
+            # What cannot be loaded again by name is kept, so that other pairs can be evaluated against it.
+            save_model(self.model, self.tokenizer, self.directory / START, merge=config.model.name == "tiny")
+        if config.optim.projection == "start":
+            state.start = {name: p.detach().clone() for name, p in self.parameters.items()}
+        cache = Path(config.reference_cache) if config.reference_cache else self.directory / REFERENCE
+        for split, dataset in (("train", self.train_set), ("test", self.test_set)):
+            if dataset is not None:
+                _say(config, f"reference log-probabilities of {len(dataset)} {split} pairs")
+                state.reference[split] = reference_logps(
+                    cache, self.model, self.tokenizer, dataset, config.data, self.collate,
+                    batch_size=self.micro_batch_size, device=self.device, bf16=config.bf16, backend=config.loss.backend,
+                )  # fmt: skip
+
+    def _loop(self, state: TrainState, metrics: Metrics, began: float) -> tuple[GroupReport | None, GroupReport | None]:
+        config, steps = self.config, self.config.steps
+        progress = Progress(steps, state.step, config.groups.method, config.quiet)
+        report = average_report = None
+        earlier = state.seconds
+        self.model.train()
+        for step in range(state.step, steps):
+            rate = learning_rate(step, steps, config.optim)
+            set_learning_rate(self.optimizer, rate)
+            indices = self.sampler.batch(step)
+            losses, margins, loss = self._gradients(indices, state.reference["train"])
+            norm = clip_gradients(self.parameters.values(), config.optim.max_grad_norm)
+            self._refuse_non_finite(step + 1, indices, losses, norm)
+            if len(indices) > self.micro_batch_size:
+                self.group_weights.step()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.project is not None:
+                self.project()
+            if state.average is not None:
+                state.average.update()
+            state.step = done = step + 1
+            last = done == steps
+            group_ids = torch.tensor([self.train_set[i].group_id for i in indices])
+            state.window.add(losses, margins, group_ids, loss)
+
+            note = None
+            if done % config.log_every == 0 or last:
+                record = state.window.record(self.train_set.groups)
+                alpha = self.alpha()
+                metrics.write(
+                    {"kind": "train", "step": done, "lr": rate, "grad_norm": float(norm), **record, "alpha": alpha}
+                )
+                worst = record["worst_group"]
+                note = f"loss {record['loss']:.3f}  worst {worst} {record['groups'][worst]['loss']:.3f}"
+                note += f"  alpha {alpha[worst]:.3f}"
+                state.window.clear()
+            if self.test_set is not None and (last or (config.eval_every and done % config.eval_every == 0)):
+                report, average_report = self._evaluate(state, self.test_set, metrics)
+            if last or (config.save_every and done % config.save_every == 0):
+                state.metrics_bytes = metrics.sync()
+                state.seconds = earlier + time.monotonic() - began
+                saved = state.checkpoint(config, self.train_set, self.test_set)
+                save_checkpoint(self.directory / CHECKPOINTS, saved, keep=config.keep_checkpoints)
+            progress.advance(note)
+        progress.close()
+        if report is None and self.test_set is not None:  # resumed where there was nothing left to do
+            report, average_report = self._evaluate(state, self.test_set, None)
+        return report, average_report
+
+    def _gradients(self, indices: list[int], reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Forward and backward of one step; (B,) losses and margins on the CPU, and the robust loss.
+
+        Micro-batches are weighted with the alpha of the step before: the first has to be, since the losses of the last
+        are not known yet, and then all should be.
+        """
+        outputs = []
+        total = torch.zeros((), device=self.device)
+        chunks = _chunks(indices, self.micro_batch_size)
+        for chunk in chunks:
+            batch = {name: tensor.to(self.device) for name, tensor in self._batch(chunk).items()}
+            ref_logps = reference[chunk].t().reshape(-1).to(self.device)
+            if len(chunks) == 1:
+                out = policy_loss(self.model, batch, ref_logps, self.group_weights, self.config)
+            else:
+                with self.group_weights.accumulate():
+                    out = policy_loss(self.model, batch, ref_logps, self.group_weights, self.config)
+            # The loss divides by the pairs of the chunk; the step is over the whole batch.
+            loss = out.loss * (len(chunk) / len(indices))
+            loss.backward()
+            total += loss.detach()
+            outputs.append((out.losses, out.margins))
+        losses = torch.cat([losses for losses, _ in outputs]).cpu()
+        margins = torch.cat([margins for _, margins in outputs]).cpu()
+        return losses, margins, float(total)
+
+    def _refuse_non_finite(self, step: int, indices: list[int], losses: torch.Tensor, norm: torch.Tensor) -> None:
+        bad = (~losses.isfinite()).nonzero().flatten().tolist()
+        if not bad and bool(norm.isfinite()):
+            return
+        self.group_weights.discard()
+        groups = self.train_set.groups
+        at_fault = [indices[i] for i in bad] or indices
+        named = "; ".join(
+            f"{self.train_set.where[i]} (group {groups[self.train_set[i].group_id]!r})" for i in at_fault[:8]
+        )
+        more = f"; and {len(at_fault) - 8} more" if len(at_fault) > 8 else ""
+        if bad:
+            values = ", ".join(f"{float(losses[i]):g}" for i in bad[:8])
+            raise NonFiniteError(
+                f"step {step}: the loss of {len(bad)} of {len(indices)} pairs is not finite ({values}): {named}{more}. "
+                "Nothing of this step was kept."
+            )
+        parameter = next(
+            (n for n, p in self.parameters.items() if p.grad is not None and not bool(p.grad.isfinite().all())), "none"
+        )
+        raise NonFiniteError(
+            f"step {step}: every loss is finite, but the gradient is not (norm {float(norm):g}, parameter {parameter} "
+            f"first); the batch was {named}{more}. Nothing of this step was kept."
+        )
+
+    def _evaluate(
+        self, state: TrainState, test_set: PairDataset, metrics: Metrics | None
+    ) -> tuple[GroupReport, GroupReport | None]:
+        config = self.config
+
+        def one() -> GroupReport:
+            return evaluate(
+                self.model, test_set, state.reference["test"], config.loss, self.collate,
+                batch_size=self.micro_batch_size, device=self.device, bf16=config.bf16,
+            )  # fmt: skip
+
+        report, average_report = one(), None
+        record: dict[str, Any] = {"kind": "eval", "step": state.step, **report.to_dict(), "alpha": self.alpha()}
+        if state.average is not None:
+            with state.average:
+                average_report = one()
+            record["average"] = average_report.to_dict()
+        if metrics is not None:
+            metrics.write(record)
+        return report, average_report
+
+    def _finish(
+        self, state: TrainState, report: GroupReport | None, average_report: GroupReport | None, began: float
+    ) -> RunResult:
+        config, merge = self.config, self.config.model.name == "tiny"
+        save_model(self.model, self.tokenizer, self.directory / FINAL, merge=merge)
+        if state.average is not None:
+            with state.average:
+                save_model(self.model, self.tokenizer, self.directory / FINAL_AVERAGE, merge=merge)
+        alpha = self.alpha()
+        summary = write_summary(
+            self.directory.path, config, self.model, self.train_set, self.test_set, self.sampler.sampling_probs, alpha,
+            report, average_report, seconds=state.seconds or time.monotonic() - began,
+        )  # fmt: skip
+        if not config.quiet and report is not None:
+            print(f"\nheld out, after {state.step} steps of {config.groups.method}\n{report.table(alpha)}")
+            if average_report is not None:
+                print(f"\nthe averaged iterate\n{average_report.table(alpha)}")
+        return RunResult(self.directory.path, state.step, report, average_report, alpha, summary)
+
+    def alpha(self) -> dict[str, float]:
+        """Alpha in use, by group."""
+        return dict(zip(self.train_set.groups, self.group_weights.weights.tolist(), strict=True))
+
+    def _projection(self, state: TrainState) -> BallProjection | None:
+        optim = self.config.optim
+        if optim.projection == "none":
+            return None
+        return BallProjection(self.parameters, optim.projection_radius, state.start or None)
+
+    def _batch(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        return self.collate([self.train_set[i] for i in indices])
+
+
+def _chunks(indices: list[int], size: int) -> list[list[int]]:
+    return [indices[i : i + size] for i in range(0, len(indices), size)]
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _say(config: TrainConfig, text: str) -> None:
+    if not config.quiet:
+        print(text, file=sys.stderr)

@@ -1,0 +1,146 @@
+"""The reference's log-probabilities, computed once and kept on disk under a fingerprint of all they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import DataConfig
+from .evaluate import pair_logps
+from .run_directory import sync_file, sync_folder
+
+_NOT_THE_MODEL = {"_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype"}
+_LENGTHS = ("max_length", "max_prompt_length", "append_eos")
+
+
+def fingerprint_model(model: torch.nn.Module) -> str:
+    """SHA-256 over the architecture's settings and every parameter and buffer, bit for bit."""
+    digest = hashlib.sha256()
+    config = getattr(model, "config", None)
+    if config is not None:
+        settings = {key: value for key, value in config.to_dict().items() if key not in _NOT_THE_MODEL}
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+    return digest.hexdigest()
+
+
+def fingerprint_tokenizer(tokenizer: Any) -> str:
+    """SHA-256 over vocabulary, merges, special tokens and chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = [
+        backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True),
+        json.dumps({k: str(v) for k, v in tokenizer.special_tokens_map.items()}, sort_keys=True),
+        str(getattr(tokenizer, "chat_template", None)),
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def fingerprint(model: torch.nn.Module, tokenizer: Any, dataset: Any, data: DataConfig, *, bf16: bool) -> str:
+    """The name under which the log-probabilities of one data set by one model are kept.
+
+    Args:
+        model: the reference.
+        tokenizer: with its chat template.
+        dataset: a :class:`~.data.PairDataset`.
+        data: lengths and truncation.
+        bf16: whether the forward pass is autocast.
+
+    Returns:
+        32 hexadecimal digits; another model, tokenizer, template, length, token or order gives others.
+    """
+    parts = {
+        "model": fingerprint_model(model),
+        "tokenizer": fingerprint_tokenizer(tokenizer),
+        "data": dataset.fingerprint(),
+        "lengths": {key: value for key, value in asdict(data).items() if key in _LENGTHS},
+        "bf16": bf16,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def reference_logps(
+    folder: Path,
+    model: torch.nn.Module,
+    tokenizer: Any,
+    dataset: Any,
+    data: DataConfig,
+    collate: Callable[[list[Any]], Mapping[str, torch.Tensor]],
+    *,
+    batch_size: int = 32,
+    device: torch.device | str = "cpu",
+    bf16: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Log-probabilities of every reply by the reference, from the cache where they are there.
+
+    Neither computing nor reading draws a random number, so a run goes the same way with a full cache and an empty one.
+
+    Args:
+        folder: of the cache.
+        model: the reference, which is the policy as it stands before training.
+        tokenizer, dataset, data: what is scored, and how it came to be.
+        collate: pairs → batch.
+        batch_size, device, bf16, backend: as in :func:`~.evaluate.pair_logps`.
+
+    Returns:
+        (N, 2) float32 on the CPU, chosen and rejected, in nats.
+
+    Raises:
+        ValueError: the reference gives a log-probability that is not finite; names the first such pair.
+    """
+    path = folder / f"{fingerprint(model, tokenizer, dataset, data, bf16=bf16)}.safetensors"
+    cached = _read(path, len(dataset.pairs))
+    if cached is not None:
+        return cached
+    logps = pair_logps(model, dataset, collate, batch_size=batch_size, device=device, bf16=bf16, backend=backend)
+    bad = (~logps.isfinite()).any(dim=1).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"the reference model gives {logps[bad[0]].tolist()} as log-probabilities of pair {bad[0]} "
+            f"({dataset.where[bad[0]]}), {len(bad)} of {len(logps)} pairs in all; they must be finite"
+        )
+    _write(path, logps)
+    return logps
+
+
+def _read(path: Path, num_pairs: int) -> torch.Tensor | None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        return None
+    try:
+        logps = load_file(path)["logps"]
+    except (SafetensorError, OSError, KeyError) as error:
+        warnings.warn(f"the cached reference {path} is damaged ({error}); computing it again", stacklevel=3)
+        return None
+    if logps.shape != (num_pairs, 2) or logps.dtype != torch.float32 or not bool(logps.isfinite().all()):
+        warnings.warn(f"the cached reference {path} is not what was written; computing it again", stacklevel=3)
+        return None
+    return logps
+
+
+def _write(path: Path, logps: torch.Tensor) -> None:
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file({"logps": logps}, temporary)
+        sync_file(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
