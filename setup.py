@@ -2,7 +2,8 @@
 
 Environment:
     GRPO_KERNELS_CUDA         0, 1 or auto (default): never, always (an error without nvcc), or where nvcc is found
-    GRPO_KERNELS_CUDA_ARCHS   "80;90" and the like; the first also as PTX, for GPUs that come later. Default "80"
+    GRPO_KERNELS_CUDA_ARCHS   "80;90" and the like, the first also as PTX for GPUs that come later.  Default "80"
+    CUDA_HOME                 where to look for bin/nvcc instead of PATH
     CXX, CXXFLAGS, LDFLAGS    as everywhere
 
 No network, no git, no question to a GPU.  Without a C++ compiler the package installs without the modules and says
@@ -21,13 +22,12 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
-ISAS = {
-    "Baseline": "",
-    "Avx2": "-mavx2 -mfma -mf16c",
-    "Avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq",
-    "Avx512Bf16": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16",
-}
 X86 = platform.machine().lower() in ("x86_64", "amd64")
+AVX2 = "-mavx2 -mfma -mf16c"
+AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq"
+ISAS = {"Baseline": ""}
+if X86:
+    ISAS |= {"Avx2": AVX2, "Avx512": AVX512, "Avx512Bf16": f"{AVX512} -mavx512bf16"}
 
 
 def find_cxx():
@@ -36,20 +36,71 @@ def find_cxx():
 
 
 def find_nvcc():
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     wish = os.environ.get("GRPO_KERNELS_CUDA", "auto")
     if wish not in ("0", "1", "auto"):
         raise SystemExit(f"GRPO_KERNELS_CUDA must be 0, 1 or auto, got {wish!r}")
+    home = os.environ.get("CUDA_HOME")
     nvcc = None if wish == "0" else shutil.which("nvcc", path=str(Path(home, "bin")) if home else None)
     if wish == "1" and nvcc is None:
         raise SystemExit("GRPO_KERNELS_CUDA=1, but there is no nvcc on PATH or in CUDA_HOME/bin")
     return nvcc
 
 
-def cuda_archs():
-    archs = [a for a in os.environ.get("GRPO_KERNELS_CUDA_ARCHS", "80").replace(",", ";").split(";") if a]
-    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-    return " ".join([*flags, f"-gencode=arch=compute_{archs[0]},code=compute_{archs[0]}"])
+def find_ninja():
+    try:
+        import ninja
+    except ImportError:
+        return shutil.which("ninja") or "ninja"
+    return str(Path(ninja.BIN_DIR, "ninja"))
+
+
+def cpu_build():
+    """(source, object, rule, flags) of every object of ``_cpu``: the row kernels once per instruction set."""
+    x86 = "-DGRPO_X86" if X86 else ""
+    objects = [("bindings_cpu.cpp", "bindings.o", "cxx", x86)]
+    objects += [(f"cpu/{name}.cpp", f"{name}.o", "cxx", x86) for name in ("isa", "preference_tail")]
+    for isa, flags in ISAS.items():
+        table = f"{x86} {flags} -DGRPO_TABLE=kTokenLogps{isa}"
+        objects.append(("cpu/token_logps.cpp", f"token_logps_{isa.lower()}.o", "cxx", table))
+    return objects
+
+
+def cuda_build():
+    """The same of ``_cuda``: the kernels once per architecture.
+
+    nvcc links its runtime statically, so that any PyTorch's will do beside it.
+    """
+    archs = os.environ.get("GRPO_KERNELS_CUDA_ARCHS", "80").replace(",", ";").strip(";").split(";")
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    codes.append(f"-gencode=arch=compute_{archs[0]},code=compute_{archs[0]}")
+    objects = [("bindings_cuda.cpp", "bindings.o", "nvcc", "")]
+    objects += [
+        (f"cuda/{name}.cu", f"{name}.o", "nvcc", " ".join(codes)) for name in ("token_logps", "preference_tail")
+    ]
+    return objects
+
+
+def ninja_file(objects, target):
+    import pybind11
+
+    # gcc sees uninitialized registers inside its own AVX-512 headers, hence the last two; clang lacks one of them.
+    warnings = "-Wall -Wextra -Wno-unknown-warning-option -Wno-uninitialized -Wno-maybe-uninitialized"
+    cxxflags, ldflags = (os.environ.get(name, "") for name in ("CXXFLAGS", "LDFLAGS"))
+    link = "nvcc" if any(rule == "nvcc" for _, _, rule, _ in objects) else "cxx"
+    lines = [
+        f"common = -std=c++17 -O3 -I{sysconfig.get_paths()['include']} -I{pybind11.get_include()}",
+        f"cxx = {find_cxx()} -fPIC -fvisibility=hidden -fopenmp {warnings}",
+        f"nvcc = {find_nvcc()} -ccbin {find_cxx().split()[0]} --threads 0 -Xcompiler -fPIC,-fvisibility=hidden",
+    ]
+    for rule, extra in (("cxx", cxxflags), ("nvcc", "")):
+        lines.append(f"rule {rule}")
+        lines.append(f"  command = ${rule} $common $flags {extra} -MMD -MF $out.d -c $in -o $out")
+        lines += ["  depfile = $out.d", "  deps = gcc"]
+    lines += ["rule link", f"  command = ${link} -shared $in -o $out {ldflags if link == 'cxx' else ''}"]
+    for source, output, rule, flags in objects:
+        lines += [f"build {output}: {rule} {(CSRC / source).resolve()}", f"  flags = {flags}"]
+    lines.append(f"build {target}: link {' '.join(output for _, output, _, _ in objects)}")
+    return "\n".join([*lines, ""])
 
 
 class NinjaBuild(build_ext):
@@ -63,86 +114,19 @@ class NinjaBuild(build_ext):
 
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp, ext.name).resolve()
-        for folder in (target.parent, build):
-            folder.mkdir(parents=True, exist_ok=True)
-        rules = cuda_objects() if ext.name.endswith("_cuda") else cpu_objects()
-        (build / "build.ninja").write_text(ninja_file(rules, ext.sources, target))
-        subprocess.run([ninja(), "-C", str(build), *(["-v"] if self.verbose else [])], check=True)
+        folder = Path(self.build_temp, ext.name).resolve()
+        for path in (target.parent, folder):
+            path.mkdir(parents=True, exist_ok=True)
+        objects = cuda_build() if ext.name.endswith("_cuda") else cpu_build()
+        (folder / "build.ninja").write_text(ninja_file(objects, target))
+        subprocess.run([find_ninja(), "-C", str(folder)], check=True)
 
 
-def ninja():
-    found = shutil.which("ninja")
-    if found is None:
-        import ninja as package
-
-        found = str(Path(package.BIN_DIR, "ninja"))
-    return found
-
-
-def cpu_objects():
-    """(source, object, rule, flags) of every object of ``_cpu``."""
-    base = "-DGRPO_X86" if X86 else ""
-    isas = ISAS if X86 else {"Baseline": ""}
-    objects = [("bindings_cpu.cpp", "bindings_cpu.o", "cxx", base)]
-    objects += [(f"cpu/{name}.cpp", f"{name}.o", "cxx", base) for name in ("isa", "preference_tail")]
-    for isa, flags in isas.items():
-        table = f"{base} {flags} -DGRPO_TABLE=kTokenLogps{isa}"
-        objects.append(("cpu/token_logps.cpp", f"token_logps_{isa.lower()}.o", "cxx", table))
-    return objects
-
-
-def cuda_objects():
-    """(source, object, rule, flags) of every object of ``_cuda``."""
-    objects = [("bindings_cuda.cpp", "bindings_cuda.o", "cxx", "")]
-    return objects + [(f"cuda/{name}.cu", f"{name}.o", "nvcc", "") for name in ("token_logps", "preference_tail")]
-
-
-def ninja_file(objects, sources, target):
-    import pybind11
-
-    cuda = any(rule == "nvcc" for _, _, rule, _ in objects)
-    include = f"-I{sysconfig.get_paths()['include']} -I{pybind11.get_include()}"
-    # gcc sees uninitialized registers inside its own AVX-512 headers, hence the last two; clang lacks one of them.
-    warnings = "-Wall -Wextra -Wno-unknown-warning-option -Wno-uninitialized -Wno-maybe-uninitialized"
-    openmp = "" if cuda else "-fopenmp"
-    lines = [
-        f"cxxflags = -std=c++17 -O3 -fPIC -fvisibility=hidden {warnings} {openmp} {include}",
-        f"userflags = {os.environ.get('CXXFLAGS', '')}",
-        f"ldflags = -shared {openmp} {os.environ.get('LDFLAGS', '')} {'' if cuda else '-lm'}",
-        "rule cxx",
-        f"  command = {find_cxx()} $cxxflags $flags $userflags -MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = {find_cxx()} $in -o $out $ldflags $libraries",
-    ]
-    if cuda:
-        home = Path(find_nvcc()).resolve().parent.parent
-        folders = [
-            f"-L{home / name}" for name in ("lib64", "lib", "targets/x86_64-linux/lib") if (home / name).is_dir()
-        ]
-        lines += [
-            f"libraries = {' '.join(folders)} -lcudart_static -ldl -lpthread -lrt",
-            "rule nvcc",
-            f"  command = {find_nvcc()} -std=c++17 -O3 --threads 0 -Xcompiler -fPIC,-fvisibility=hidden {cuda_archs()}"
-            " -ccbin $cxx $flags -MMD -MF $out.d -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-        ]
-        lines.insert(0, f"cxx = {find_cxx().split()[0]}")
-    for source, output, rule, flags in objects:
-        lines += [f"build {output}: {rule} {(CSRC / source).resolve()}", f"  flags = {flags}"]
-    lines.append(f"build {target}: link {' '.join(output for _, output, _, _ in objects)}")
-    return "\n".join([*lines, f"default {target}", ""])
-
-
-modules = ["_cpu", *(["_cuda"] if find_nvcc() and (CSRC / "bindings_cuda.cpp").exists() else [])]
-folders = {"_cpu": ("*.h", "*.cpp", "cpu/*"), "_cuda": ("*.h", "*.cpp", "cuda/*")}
+SOURCES = {"_cpu": ("*.h", "bindings_cpu.cpp", "cpu/*"), "_cuda": ("*.h", "bindings_cuda.cpp", "cuda/*")}
 setup(
     ext_modules=[
-        Extension(f"grpo_kernels.{name}", sorted(str(p) for glob in folders[name] for p in CSRC.glob(glob)))
-        for name in modules
+        Extension(f"grpo_kernels.{name}", sorted(str(path) for glob in SOURCES[name] for path in CSRC.glob(glob)))
+        for name in ("_cpu", *(["_cuda"] if find_nvcc() else []))
     ],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -11,7 +11,7 @@
 #include <immintrin.h>
 #endif
 
-#include "dtypes.h"
+#include "../dtypes.h"
 
 namespace grpo_kernels {
 namespace {

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#include "dtypes.h"
+#include "../dtypes.h"
 
 namespace grpo_kernels {
 

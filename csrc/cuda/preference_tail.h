@@ -1,0 +1,34 @@
+// From token log-probabilities to losses, slopes and per-group sums; the formulas are those of cpu/preference_tail.h.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+namespace grpo_kernels {
+
+struct TailArgs {
+  bool float64;  // of token_logps, policy_logps, margins, losses and slopes; float32 otherwise
+  int64_t rows, pairs, groups;
+  const void* token_logps;
+  const int64_t* targets;      // null: lengths is read
+  const int32_t* cu_seqlens;   // null: rows / (2 * pairs) rows each
+  const double* ref_logps;     // null: zeros
+  const int64_t* group_ids;
+  const double* pair_weights;  // null: ones
+  void* policy_logps;
+  double* lengths;
+  void* margins;
+  void* losses;
+  void* slopes;
+  double* group_sums;
+  int64_t* group_counts;
+  int loss_type;
+  double beta, label_smoothing;
+  bool length_normalize;
+  int64_t ignore_index;
+};
+
+// One launch on the stream; throws std::runtime_error where the launch itself fails.
+void preference_tail(const TailArgs& args, cudaStream_t stream);
+
+}  // namespace grpo_kernels

@@ -1,0 +1,132 @@
+"""What native_cpu and native_cuda share: tensors checked and turned into the addresses and integers csrc takes.
+
+Each function returns the arguments of one kernel, in order, up to what is the device's own (threads, or a stream).
+The checks keep a wrong tensor from becoming a stray address; the caller's tensors stay alive through the call because
+the caller holds them.  ``device`` is ``Tensor.get_device()``: an index, -1 for the CPU.
+"""
+
+from __future__ import annotations
+
+import torch
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""The codes of ``DType`` in csrc/dtypes.h."""
+
+
+def forward_arguments(
+    device: int, logits: torch.Tensor, targets: torch.Tensor, logps: torch.Tensor, lse: torch.Tensor, ignore_index: int
+) -> tuple:
+    """The arguments of ``token_logps_fwd``."""
+    code, (sequences, length, vocabulary), stride = _block("logits", logits, device)
+    rows = sequences * length
+    return (
+        code, logits.data_ptr(), sequences, length, vocabulary, stride[0], stride[1],
+        _vector("targets", targets, rows, torch.int64, device), _vector("logps", logps, rows, torch.float32, device),
+        _vector("lse", lse, rows, torch.float32, device), ignore_index,
+    )  # fmt: skip
+
+
+def backward_arguments(
+    device: int,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    lse: torch.Tensor,
+    grad_logps: torch.Tensor,
+    grad_logits: torch.Tensor,
+    ignore_index: int,
+) -> tuple:
+    """The arguments of ``token_logps_bwd``."""
+    code, shape, stride = _block("logits", logits, device)
+    if grad_logits is logits:
+        grad_stride = stride
+    else:
+        grad_code, grad_shape, grad_stride = _block("grad_logits", grad_logits, device)
+        if grad_code != code or grad_shape != shape:
+            raise ValueError(
+                f"grad_logits must be like logits, {tuple(shape)} {logits.dtype}, "
+                f"got {tuple(grad_shape)} {grad_logits.dtype}"
+            )
+    sequences, length, vocabulary = shape
+    rows = sequences * length
+    return (
+        code, logits.data_ptr(), sequences, length, vocabulary, stride[0], stride[1],
+        _vector("targets", targets, rows, torch.int64, device), _vector("lse", lse, rows, torch.float32, device),
+        _vector("grad_logps", grad_logps, rows, torch.float32, device),
+        grad_logits.data_ptr(), grad_stride[0], grad_stride[1], ignore_index,
+    )  # fmt: skip
+
+
+def tail_arguments(
+    device: int,
+    token_logps: torch.Tensor,
+    targets: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    ref_logps: torch.Tensor | None,
+    group_ids: torch.Tensor,
+    pair_weights: torch.Tensor | None,
+    policy_logps: torch.Tensor,
+    lengths: torch.Tensor,
+    margins: torch.Tensor,
+    losses: torch.Tensor,
+    slopes: torch.Tensor,
+    group_sums: torch.Tensor,
+    group_counts: torch.Tensor,
+) -> tuple:
+    """The arguments of ``preference_tail`` up to the options."""
+    rows, pairs, groups = token_logps.numel(), group_ids.numel(), group_sums.numel()
+    dtype, f64, i64 = token_logps.dtype, torch.float64, torch.int64
+    if dtype is not torch.float32 and dtype is not f64:
+        raise TypeError(f"token_logps must be float32 or float64, got {dtype}")
+    if cu_seqlens is None and pairs and rows % (2 * pairs):
+        raise ValueError(f"token_logps must hold as many rows for each of {2 * pairs} sequences, got {rows} rows")
+    return (
+        dtype is f64, rows, pairs, groups,
+        _vector("token_logps", token_logps, rows, dtype, device),
+        0 if targets is None else _vector("targets", targets, rows, i64, device),
+        0 if cu_seqlens is None else _vector("cu_seqlens", cu_seqlens, 2 * pairs + 1, torch.int32, device),
+        0 if ref_logps is None else _vector("ref_logps", ref_logps, 2 * pairs, f64, device),
+        _vector("group_ids", group_ids, pairs, i64, device),
+        0 if pair_weights is None else _vector("pair_weights", pair_weights, pairs, f64, device),
+        _vector("policy_logps", policy_logps, 2 * pairs, dtype, device),
+        _vector("lengths", lengths, 2 * pairs, f64, device),
+        _vector("margins", margins, pairs, dtype, device),
+        _vector("losses", losses, pairs, dtype, device),
+        _vector("slopes", slopes, pairs, dtype, device),
+        _vector("group_sums", group_sums, groups, f64, device),
+        _vector("group_counts", group_counts, groups, i64, device),
+    )  # fmt: skip
+
+
+def _block(name: str, tensor: torch.Tensor, device: int) -> tuple[int, torch.Size, tuple[int, ...]]:
+    """Dtype code, shape (S, T, V) and strides, or an error that says what came."""
+    code, shape = DTYPES.get(tensor.dtype), tensor.shape
+    if code is None or tensor.get_device() != device:
+        raise TypeError(
+            f"{name} must be float32, bfloat16 or float16 on {_device_name(device)}, "
+            f"got {tensor.dtype} on {tensor.device}"
+        )
+    if len(shape) != 3:
+        raise ValueError(f"{name} must have shape (S, T, V), got {tuple(shape)}")
+    stride = tensor.stride()
+    if stride[2] != 1 and shape[2] > 1:
+        raise ValueError(f"{name} must have a last stride of 1, got strides {stride}")
+    return code, shape, stride
+
+
+def _vector(name: str, tensor: torch.Tensor, size: int, dtype: torch.dtype, device: int) -> int:
+    """The address of a contiguous vector, or an error that says what came."""
+    if (
+        tensor.dtype is not dtype
+        or tensor.numel() != size
+        or not tensor.is_contiguous()
+        or tensor.get_device() != device
+    ):
+        raise ValueError(
+            f"{name} must be {size} contiguous {dtype} on {_device_name(device)}, got shape {tuple(tensor.shape)}, "
+            f"strides {tensor.stride()}, {tensor.dtype} on {tensor.device}"
+        )
+    return tensor.data_ptr()
+
+
+def _device_name(device: int) -> str:
+    return "the CPU" if device < 0 else f"cuda:{device}"

@@ -1,0 +1,114 @@
+"""The boundary in CUDA C++ for NVIDIA GPUs of compute capability 8.0 and up (csrc/cuda).
+
+    p_t = z[t, y_t] - lse_t,   dz[t, v] = c_t * ((v == y_t) - exp(z[t, v] - lse_t))
+
+float32, bfloat16 and float16 logits; float32 accumulation.  Every call is one launch on PyTorch's current stream,
+without a sync and without an allocation, so it can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import torch  # before _cuda, so that its context is the one in use
+
+from ._native import DTYPES, backward_arguments, forward_arguments, tail_arguments
+
+try:
+    from .. import _cuda
+except ImportError as error:  # no nvcc when the package was built
+    _cuda = None
+    _import_error = error
+
+
+def unavailable_reason() -> str | None:
+    """None if the module was built and PyTorch and its own CUDA runtime see an NVIDIA GPU, else one sentence."""
+    if _cuda is None:
+        return f"the extension grpo_kernels._cuda is not built; install with nvcc at hand ({_import_error})"
+    if torch.version.hip is not None:
+        return "this PyTorch is built for AMD GPUs"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA GPU"
+    try:
+        _cuda.device_count()
+    except RuntimeError as error:
+        return f"the CUDA runtime in grpo_kernels._cuda does not start: {error}"
+    return None
+
+
+def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None for float32, bfloat16 and float16 on a GPU of compute capability 8.0 and up, else one sentence."""
+    if device.type != "cuda":
+        return f"it takes tensors on an NVIDIA GPU, not on {device}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"it needs compute capability 8.0, {device} has {capability[0]}.{capability[1]}"
+    return None if dtype in DTYPES else f"it takes float32, bfloat16 and float16, not {dtype}"
+
+
+def token_logps_fwd(
+    logits: torch.Tensor, targets: torch.Tensor, logps: torch.Tensor, lse: torch.Tensor, *, ignore_index: int
+) -> None:
+    """``logps[r] = z[r, y_r] - lse_r``; see ``backends.__doc__``."""
+    device = logits.get_device()
+    arguments = forward_arguments(_index(device), logits, targets, logps, lse, ignore_index)
+    _launch(_cuda.token_logps_fwd, device, *arguments)
+
+
+def token_logps_bwd(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    lse: torch.Tensor,
+    grad_logps: torch.Tensor,
+    grad_logits: torch.Tensor,
+    *,
+    ignore_index: int,
+) -> None:
+    """``dz[r, v] = c_r ((v == y_r) - exp(z[r, v] - lse_r))``, in place or not; see ``backends.__doc__``."""
+    device = logits.get_device()
+    arguments = backward_arguments(_index(device), logits, targets, lse, grad_logps, grad_logits, ignore_index)
+    _launch(_cuda.token_logps_bwd, device, *arguments)
+
+
+def preference_tail(
+    token_logps: torch.Tensor,
+    targets: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    ref_logps: torch.Tensor | None,
+    group_ids: torch.Tensor,
+    pair_weights: torch.Tensor | None,
+    policy_logps: torch.Tensor,
+    lengths: torch.Tensor,
+    margins: torch.Tensor,
+    losses: torch.Tensor,
+    slopes: torch.Tensor,
+    group_sums: torch.Tensor,
+    group_counts: torch.Tensor,
+    *,
+    loss_type: int,
+    beta: float,
+    label_smoothing: float,
+    length_normalize: bool,
+    ignore_index: int,
+) -> None:
+    """Token log-probabilities to losses, slopes and group sums; see ``backends.__doc__``."""
+    device = token_logps.get_device()
+    arguments = tail_arguments(
+        _index(device), token_logps, targets, cu_seqlens, ref_logps, group_ids, pair_weights,
+        policy_logps, lengths, margins, losses, slopes, group_sums, group_counts,
+    )  # fmt: skip
+    options = (loss_type, beta, label_smoothing, length_normalize, ignore_index)
+    _launch(_cuda.preference_tail, device, *arguments, *options)
+
+
+def _index(device: int) -> int:
+    if device < 0:
+        raise TypeError("tensors must be on an NVIDIA GPU, got one on the CPU")
+    return device
+
+
+def _launch(kernel, device: int, *arguments) -> None:
+    stream = torch.cuda.current_stream(device).cuda_stream
+    if device == torch.cuda.current_device():
+        kernel(*arguments, device, stream)
+    else:  # the module sets the device for its own runtime; this puts PyTorch's back afterwards
+        with torch.cuda.device(device):
+            kernel(*arguments, device, stream)
