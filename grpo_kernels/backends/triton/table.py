@@ -7,8 +7,7 @@ The entries follow from the compiler's report and the counting below; they have 
 A multiprocessor of an H100 needs some 20 KB of loads in flight to keep its memory busy.  Forward, at 32 registers
 a thread, has 2048 threads with 32 bytes or more each; backward, at 40 (bfloat16) and 32 (float32), has 1536 and 2048
 threads with 16 and 32 bytes.  Twice the block costs backward twice the registers and wins nothing.  The
-tail is one or a few programs whose float64 tiles must fit in registers: 1024 and 2048 elements over 8 warps do,
-4096 spill.
+tail is one or a few programs whose float64 tiles must fit in registers: 2048 elements over 8 warps do, 4096 spill.
 """
 
 from __future__ import annotations
@@ -50,9 +49,9 @@ TOKEN_LOGPS: dict[tuple[Direction, int], tuple[tuple[float, int, int], ...]] = {
     ("bwd", 4): ((1024, 512, 2), (8192, 1024, 4), (float("inf"), 2048, 8)),
 }
 
-# (largest mean length of a sequence, block_pairs, block_tokens).  Three shapes and no more, so that lengths which
-# change from batch to batch do not bring a compilation each.
-TAIL: tuple[tuple[float, int, int], ...] = ((64, 16, 64), (512, 4, 512), (float("inf"), 2, 1024))
+# (largest mean length of a sequence, block_pairs, block_tokens).  Two shapes and no more, so that lengths which change
+# from batch to batch do not bring a compilation each.
+TAIL: tuple[tuple[float, int, int], ...] = ((64, 8, 64), (float("inf"), 4, 512))
 
 # Groups are split over programs in blocks of this many (see preference_tail.py).
 TAIL_BLOCK_GROUPS = 256

@@ -1,0 +1,42 @@
+"""Tests that need an NVIDIA GPU; ``make gpu-check OUT=DIR`` runs them where there is one."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))  # kernel_cases.py, which both folders use
+
+
+def pytest_collection_modifyitems(items):
+    here = Path(__file__).parent
+    skip = pytest.mark.skip(reason="PyTorch sees no NVIDIA GPU here")
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+            if not torch.cuda.is_available() or torch.version.hip is not None:
+                item.add_marker(skip)
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request):
+    """Each GPU backend by name; skipped where it is not here, unless GRPO_KERNELS_TEST_BACKENDS asks for it."""
+    from grpo_kernels import backends
+
+    reason = backends()[request.param]
+    if reason is not None:
+        wanted = os.environ.get("GRPO_KERNELS_TEST_BACKENDS", "").split(",")
+        (pytest.fail if request.param in wanted else pytest.skip)(f"{request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _give_memory_back():
+    """The large cases need most of a small GPU each."""
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

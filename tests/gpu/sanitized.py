@@ -1,0 +1,67 @@
+"""Every kernel of one backend on a few small shapes (``python sanitized.py triton``): what compute-sanitizer watches.
+
+No test framework and few tensors, because each access is checked.  Tensors have allocations of their own
+(PYTORCH_NO_CUDA_MEMORY_CACHING=1, set by ``tools/gpu_check.py``), so a stray access does not fall into a neighbour.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from grpo_kernels.backends import choose
+
+IGNORE_INDEX = -100
+
+
+def token_logps(module, dtype: torch.dtype, vocabulary: int, start: int) -> None:
+    rows = 6
+    memory = torch.randn(rows * vocabulary + start).to(dtype).cuda()
+    logits = memory[start:].view(2, 3, vocabulary)
+    targets = torch.tensor([0, vocabulary - 1, IGNORE_INDEX, vocabulary, -1, vocabulary // 2]).cuda()
+    logps, lse, grads = (torch.full((rows,), value).cuda() for value in (0.0, 0.0, 0.5))
+    out = torch.full(logits.shape, 0.0).to(dtype).cuda()
+    module.token_logps_fwd(logits, targets, logps, lse, ignore_index=IGNORE_INDEX)
+    module.token_logps_bwd(logits, targets, lse, grads, out, ignore_index=IGNORE_INDEX)
+    module.token_logps_bwd(logits, targets, lse, grads, logits, ignore_index=IGNORE_INDEX)
+    first, second = out.cpu().float(), logits.cpu().float()
+    if not torch.equal(first.nan_to_num(nan=7.0), second.nan_to_num(nan=7.0)):
+        raise SystemExit(f"in place and out of place differ: {dtype}, V = {vocabulary}, start = {start}")
+
+
+def tail(module, pairs: int, groups: int, length: int) -> None:
+    rows = 2 * pairs * length
+    token_logps, targets = (-torch.rand(rows)).cuda(), torch.zeros(rows, dtype=torch.int64).cuda()
+    cu_seqlens = (torch.arange(2 * pairs + 1) * length).int().cuda()
+    ids, reference = (torch.arange(pairs) % groups).cuda(), torch.zeros(2 * pairs, dtype=torch.float64).cuda()
+    weights = torch.ones(pairs, dtype=torch.float64).cuda()
+    outputs = [
+        torch.zeros(2 * pairs),
+        torch.zeros(2 * pairs, dtype=torch.float64),
+        *(torch.zeros(pairs) for _ in "abc"),
+    ]
+    outputs += [torch.zeros(groups, dtype=torch.float64), torch.zeros(groups, dtype=torch.int64)]
+    outputs = [output.cuda() for output in outputs]
+    for boundaries in (cu_seqlens, None):
+        module.preference_tail(
+            token_logps, targets, boundaries, reference, ids, weights, *outputs, loss_type=0, beta=0.1,
+            label_smoothing=0.1, length_normalize=True, ignore_index=IGNORE_INDEX,
+        )  # fmt: skip
+    if int(outputs[-1].cpu().sum()) != pairs:
+        raise SystemExit("group counts do not add up to the pairs")
+
+
+def main() -> None:
+    module = choose(sys.argv[1], torch.device("cuda"), torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        for vocabulary, start in ((1, 0), (1031, 1), (4096, 0), (9001, 3)):
+            token_logps(module, dtype, vocabulary, start)
+    for pairs, groups, length in ((1, 1, 5), (9, 300, 70)):
+        tail(module, pairs, groups, length)
+    torch.cuda.synchronize()
+    print(f"{sys.argv[1]}: every kernel ran")
+
+
+if __name__ == "__main__":
+    main()
