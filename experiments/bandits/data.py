@@ -146,10 +146,7 @@ def make_bandit(features: str, scenario: str, seeds: tuple[int, ...]) -> Bandit:
     draws = [draw(SCENARIOS[scenario], seed) for seed in seeds]
     actions = np.arange(NUM_ACTIONS)
     test_features = np.stack(
-        [
-            np.stack([phi(d.test_states[:, None], actions, g, features) for g in range(NUM_GROUPS)])
-            for d in draws
-        ]
+        [np.stack([phi(d.test_states[:, None], actions, g, features) for g in range(NUM_GROUPS)]) for d in draws]
     )
     return Bandit(
         seeds=tuple(seeds),

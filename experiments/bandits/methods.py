@@ -38,9 +38,7 @@ class Family(NamedTuple):
 
 DPO = Family(("DPO", "IS-DPO", "GR-DPO"), "sigmoid", 1.0, 0.9, 0.5, 10_000)
 IPO = Family(("IPO", "IS-IPO", "GR-IPO"), "ipo", 0.1, None, 0.01, 100)
-IPO_GRADIENT = Family(
-    ("IPO (gradient)", "IS-IPO (gradient)", "GR-IPO (gradient)"), "ipo", 0.1, 1.0, 0.01, 10_000
-)
+IPO_GRADIENT = Family(("IPO (gradient)", "IS-IPO (gradient)", "GR-IPO (gradient)"), "ipo", 0.1, 1.0, 0.01, 10_000)
 """The paper gives no step size here: 1 is a third of what the steepest direction bears."""
 
 
@@ -100,8 +98,9 @@ def train(bandit: Bandit, family: Family, iterations: int | None = None) -> Hist
 class LeastSquares:
     """The paper's closed form for IPO: ``theta = (1 / 2 beta) (S' W S)^-1 S' W 1``, solved, never inverted.
 
-    Rows of S are feature differences, and W holds ``c_g / N_g`` for each pair of g; group by group, ``S' W S`` is
-    ``sum_g c_g A_g`` with A_g the second moment of the group's rows, and ``S' W 1`` is ``sum_g c_g b_g`` with their mean.
+    Rows of S are feature differences, and W holds ``c_g / N_g`` for each pair of g.  Group by group, ``S' W S`` is
+    ``sum_g c_g A_g`` with A_g the second moment of the group's rows, and ``S' W 1`` is ``sum_g c_g b_g`` with b_g their
+    mean.
     """
 
     def __init__(self, differences: torch.Tensor, sizes: tuple[int, ...], beta: float) -> None:

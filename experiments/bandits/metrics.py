@@ -50,7 +50,12 @@ def mean_and_sem(values: torch.Tensor) -> dict[str, float]:
 
 
 def report(
-    bandit: Bandit, methods: tuple[str, ...], theta: torch.Tensor, weights: torch.Tensor, loss_type: LossType, beta: float
+    bandit: Bandit,
+    methods: tuple[str, ...],
+    theta: torch.Tensor,
+    weights: torch.Tensor,
+    loss_type: LossType,
+    beta: float,
 ) -> dict[str, Any]:
     """Means, standard errors and the numbers of every seed, method by method, ready for JSON."""
     found = evaluate(bandit, theta, loss_type, beta)
