@@ -11,6 +11,7 @@ Source: Ramesh et al. 2024 (arXiv 2405.20304), Algorithm 1; the size adjustment 
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -288,6 +289,14 @@ class GroupWeights(nn.Module):
                 self._buffers[name] = moved
         return self
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> GroupWeights:
+        # A process group is a connection, which cannot be copied: the copy talks over the same one.
+        memo[id(self.process_group)] = self.process_group
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
     def get_extra_state(self) -> dict[str, list[str]]:
         return {"names": list(self.names)}
 
@@ -307,7 +316,8 @@ class GroupWeights(nn.Module):
             state_dict = dict(state_dict)
             groups = len(order)
             if f"{prefix}log_alpha" in state_dict:
-                state_dict[f"{prefix}log_alpha"] = state_dict[f"{prefix}log_alpha"][order]
+                # float64 whatever was saved: load_state_dict(assign=True) would take over the dtype too.
+                state_dict[f"{prefix}log_alpha"] = state_dict[f"{prefix}log_alpha"].double()[order]
             if f"{prefix}pending" in state_dict:
                 rows = torch.cat([order, order + groups, torch.tensor([2 * groups, 2 * groups + 1])])
                 state_dict[f"{prefix}pending"] = state_dict[f"{prefix}pending"][rows]
