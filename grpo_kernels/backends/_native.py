@@ -2,7 +2,7 @@
 
 Each function returns the arguments of one kernel, in order, up to what is the device's own (threads, or a stream).
 The checks keep a wrong tensor from becoming a stray address; the caller's tensors stay alive through the call because
-the caller holds them.  ``device`` is ``Tensor.get_device()``: an index, -1 for the CPU.
+the caller holds them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,12 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def forward_arguments(
-    device: int, logits: torch.Tensor, targets: torch.Tensor, logps: torch.Tensor, lse: torch.Tensor, ignore_index: int
+    device: torch.device,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    logps: torch.Tensor,
+    lse: torch.Tensor,
+    ignore_index: int,
 ) -> tuple:
     """The arguments of ``token_logps_fwd``."""
     code, (sequences, length, vocabulary), stride = _block("logits", logits, device)
@@ -27,7 +32,7 @@ def forward_arguments(
 
 
 def backward_arguments(
-    device: int,
+    device: torch.device,
     logits: torch.Tensor,
     targets: torch.Tensor,
     lse: torch.Tensor,
@@ -57,7 +62,7 @@ def backward_arguments(
 
 
 def tail_arguments(
-    device: int,
+    device: torch.device,
     token_logps: torch.Tensor,
     targets: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
@@ -97,13 +102,12 @@ def tail_arguments(
     )  # fmt: skip
 
 
-def _block(name: str, tensor: torch.Tensor, device: int) -> tuple[int, torch.Size, tuple[int, ...]]:
+def _block(name: str, tensor: torch.Tensor, device: torch.device) -> tuple[int, torch.Size, tuple[int, ...]]:
     """Dtype code, shape (S, T, V) and strides, or an error that says what came."""
     code, shape = DTYPES.get(tensor.dtype), tensor.shape
-    if code is None or tensor.get_device() != device:
+    if code is None or tensor.device != device:
         raise TypeError(
-            f"{name} must be float32, bfloat16 or float16 on {_device_name(device)}, "
-            f"got {tensor.dtype} on {tensor.device}"
+            f"{name} must be float32, bfloat16 or float16 on {device}, got {tensor.dtype} on {tensor.device}"
         )
     if len(shape) != 3:
         raise ValueError(f"{name} must have shape (S, T, V), got {tuple(shape)}")
@@ -113,20 +117,11 @@ def _block(name: str, tensor: torch.Tensor, device: int) -> tuple[int, torch.Siz
     return code, shape, stride
 
 
-def _vector(name: str, tensor: torch.Tensor, size: int, dtype: torch.dtype, device: int) -> int:
+def _vector(name: str, tensor: torch.Tensor, size: int, dtype: torch.dtype, device: torch.device) -> int:
     """The address of a contiguous vector, or an error that says what came."""
-    if (
-        tensor.dtype is not dtype
-        or tensor.numel() != size
-        or not tensor.is_contiguous()
-        or tensor.get_device() != device
-    ):
+    if tensor.dtype is not dtype or tensor.numel() != size or not tensor.is_contiguous() or tensor.device != device:
         raise ValueError(
-            f"{name} must be {size} contiguous {dtype} on {_device_name(device)}, got shape {tuple(tensor.shape)}, "
+            f"{name} must be {size} contiguous {dtype} on {device}, got shape {tuple(tensor.shape)}, "
             f"strides {tensor.stride()}, {tensor.dtype} on {tensor.device}"
         )
     return tensor.data_ptr()
-
-
-def _device_name(device: int) -> str:
-    return "the CPU" if device < 0 else f"cuda:{device}"

@@ -18,7 +18,7 @@ except ImportError as error:  # no C++ compiler when the package was installed
     _cpu = None
     _import_error = error
 
-_CPU = -1  # Tensor.get_device() of a tensor on the CPU
+_CPU = torch.device("cpu")
 
 
 def unavailable_reason() -> str | None:

@@ -48,8 +48,8 @@ def token_logps_fwd(
     logits: torch.Tensor, targets: torch.Tensor, logps: torch.Tensor, lse: torch.Tensor, *, ignore_index: int
 ) -> None:
     """``logps[r] = z[r, y_r] - lse_r``; see ``backends.__doc__``."""
-    device = logits.get_device()
-    arguments = forward_arguments(_index(device), logits, targets, logps, lse, ignore_index)
+    device = _gpu_of(logits)
+    arguments = forward_arguments(device, logits, targets, logps, lse, ignore_index)
     _launch(_cuda.token_logps_fwd, device, *arguments)
 
 
@@ -63,8 +63,8 @@ def token_logps_bwd(
     ignore_index: int,
 ) -> None:
     """``dz[r, v] = c_r ((v == y_r) - exp(z[r, v] - lse_r))``, in place or not; see ``backends.__doc__``."""
-    device = logits.get_device()
-    arguments = backward_arguments(_index(device), logits, targets, lse, grad_logps, grad_logits, ignore_index)
+    device = _gpu_of(logits)
+    arguments = backward_arguments(device, logits, targets, lse, grad_logps, grad_logits, ignore_index)
     _launch(_cuda.token_logps_bwd, device, *arguments)
 
 
@@ -90,25 +90,25 @@ def preference_tail(
     ignore_index: int,
 ) -> None:
     """Token log-probabilities to losses, slopes and group sums; see ``backends.__doc__``."""
-    device = token_logps.get_device()
+    device = _gpu_of(token_logps)
     arguments = tail_arguments(
-        _index(device), token_logps, targets, cu_seqlens, ref_logps, group_ids, pair_weights,
+        device, token_logps, targets, cu_seqlens, ref_logps, group_ids, pair_weights,
         policy_logps, lengths, margins, losses, slopes, group_sums, group_counts,
     )  # fmt: skip
     options = (loss_type, beta, label_smoothing, length_normalize, ignore_index)
     _launch(_cuda.preference_tail, device, *arguments, *options)
 
 
-def _index(device: int) -> int:
-    if device < 0:
-        raise TypeError("tensors must be on an NVIDIA GPU, got one on the CPU")
-    return device
+def _gpu_of(tensor: torch.Tensor) -> torch.device:
+    if not tensor.is_cuda:
+        raise TypeError(f"tensors must be on an NVIDIA GPU, got one on {tensor.device}")
+    return tensor.device
 
 
-def _launch(kernel, device: int, *arguments) -> None:
+def _launch(kernel, device: torch.device, *arguments) -> None:
     stream = torch.cuda.current_stream(device).cuda_stream
-    if device == torch.cuda.current_device():
-        kernel(*arguments, device, stream)
+    if device.index == torch.cuda.current_device():
+        kernel(*arguments, device.index, stream)
     else:  # the module sets the device for its own runtime; this puts PyTorch's back afterwards
         with torch.cuda.device(device):
-            kernel(*arguments, device, stream)
+            kernel(*arguments, device.index, stream)
