@@ -43,7 +43,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path, *, merge: bool) -> None
     try:
         if merge and hasattr(model, "merge_and_unload"):
             model = copy.deepcopy(model).merge_and_unload()
-        with _no_progress_bars():
+        with no_progress_bars():
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
         remove(folder)
@@ -54,8 +54,8 @@ def save_model(model: Any, tokenizer: Any, folder: Path, *, merge: bool) -> None
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """``transformers`` draws a bar for every file that it writes, over ours."""
+def no_progress_bars() -> Iterator[None]:
+    """Without the bars that ``transformers`` draws for every file it reads or writes, over ours."""
     from transformers.utils import logging
 
     enabled = logging.is_progress_bar_enabled()

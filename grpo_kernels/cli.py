@@ -1,0 +1,245 @@
+"""The command line: ``grpo-kernels train | eval | plot | info``.
+
+Exit codes: 0; 2 for what the user can put right, in one line on standard error; 1 for a run that failed (a loss that
+is not finite); 130 when interrupted.  ``GRPO_KERNELS_TRACEBACK=1`` shows where an error came from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+_USAGE = """\
+Group Robust (not Relative) Preference Optimization: DPO and IPO that leave no group behind.
+
+usage: grpo-kernels COMMAND ...
+
+  train   train on preference pairs in groups
+            grpo-kernels train --config FILE.yaml --data.train PAIRS.jsonl --data.test PAIRS.jsonl
+  eval    the per-group table of a finished run, or of any model
+            grpo-kernels eval RUN_DIR                 grpo-kernels eval MODEL --data.test PAIRS.jsonl
+  plot    held-out loss, accuracy and group weights over time, runs side by side
+            grpo-kernels plot RUN_DIR [RUN_DIR ...] --out report.png
+  info    versions, devices, and which backends are here
+
+grpo-kernels COMMAND --help says more; --version prints the version.
+"""
+
+_TRAIN_ABOUT = """\
+Train on preference pairs in groups.  Every setting is a flag, or an entry of a YAML file given with --config; flags
+after the file win.  The pairs are JSON objects with prompt, chosen, rejected and group, one a line.
+"""
+
+_EVAL_ABOUT = """\
+Evaluate a finished run (its own test pairs, loss and reference, unless told otherwise) or any model on preference
+pairs: loss, reward accuracy and margin of every group, the worst one marked.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name; None for those of the process.
+
+    Returns:
+        The exit code.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_USAGE, end="")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from . import __version__
+
+        print(f"grpo-kernels {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    command = _COMMANDS.get(name)
+    if command is None:
+        return _fail(f"there is no command {name!r}; the commands are {', '.join(_COMMANDS)}")
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        return _guarded(command, rest)
+
+
+def _guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
+    try:
+        return command(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if os.environ.get("GRPO_KERNELS_TRACEBACK"):
+            raise
+        code = _exit_code(error)
+        if code is None:
+            raise
+        return _fail(str(error) or type(error).__name__, code)
+
+
+def _exit_code(error: Exception) -> int | None:
+    """2 for what the user can put right, 1 for a run that failed, None for a fault of this package."""
+    from .types import UnavailableBackendError
+
+    if isinstance(error, (ValueError, TypeError, ImportError, OSError, UnavailableBackendError)):
+        return 2
+    module = sys.modules.get("grpo_kernels.trainer.checkpoint")
+    if module is not None and isinstance(error, module.CheckpointError):
+        return 2
+    module = sys.modules.get("grpo_kernels.trainer.optim")
+    return 1 if module is not None and isinstance(error, module.NonFiniteError) else None
+
+
+def _fail(message: str, code: int = 2) -> int:
+    print(f"grpo-kernels: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
+    print(f"grpo-kernels: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _train(arguments: list[str]) -> int:
+    from .trainer.config import TrainConfig
+
+    config = _parse(
+        TrainConfig, arguments, "grpo-kernels train [--config FILE.yaml] [--SECTION.SETTING VALUE ...]", _TRAIN_ABOUT
+    )
+    from .trainer.loop import train
+
+    train(config)
+    if not config.quiet:
+        print(f"\nthe model is in {Path(config.run_dir) / 'final'}; grpo-kernels plot {config.run_dir} draws the run")
+    return 0
+
+
+def _eval(arguments: list[str]) -> int:
+    from .trainer.evaluate_model import EvalConfig, defaults_for, evaluate_model, groups_of
+
+    usage = "grpo-kernels eval RUN_DIR|MODEL [--data.test FILE] [--reference MODEL] [--SECTION.SETTING VALUE ...]"
+    target, rest = (
+        (arguments[0], arguments[1:]) if arguments and not arguments[0].startswith("-") else (None, arguments)
+    )
+    if target is None and not {"-h", "--help"} & set(rest):
+        raise ValueError(f"eval needs the folder of a run, or a model, first: {usage}")
+    average = any(flag in ("--average", "--average=true") for flag in rest)
+    defaults = defaults_for(target, average) if target is not None else {}
+    config = _parse(EvalConfig, rest, usage, _EVAL_ABOUT, defaults)
+    report = evaluate_model(config, groups_of(target) if target is not None else None)
+    if config.json:
+        print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+        return 0
+    print(f"{config.model.name} on {config.data.test}")
+    against = config.reference or "no reference: margins are plain differences of log-probability"
+    print(f"against {against}\n\n{report.table()}")
+    return 0
+
+
+def _plot(arguments: list[str]) -> int:
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="grpo-kernels plot", description="Draw held-out loss, accuracy and group weights, a column a run."
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folder of a run; several are put side by side")
+    parser.add_argument("--out", help="the picture (.png, .svg, .pdf); report.png in the first run unless told")
+    parser.add_argument("--titles", nargs="+", metavar="TITLE", help="one a run; the methods' names unless told")
+    parser.add_argument("--heading", help="a line above everything")
+    # One line, as everywhere, not argparse's two.
+    parser.error = _raise  # type: ignore[method-assign]
+    given = parser.parse_args(arguments)
+    from .trainer.report import plot
+
+    out = given.out or Path(given.runs[0]) / "report.png"
+    print(plot(given.runs, out, titles=given.titles, heading=given.heading))
+    return 0
+
+
+def _raise(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+def _info(arguments: list[str]) -> int:
+    """Uses nothing but torch, so that it can say what is missing."""
+    if arguments:
+        if set(arguments) <= {"-h", "--help"}:
+            print("usage: grpo-kernels info\n\nVersions, devices, which backends are here and why the others are not.")
+            return 0
+        raise ValueError(f"info takes no arguments, got {' '.join(arguments)}")
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from . import __version__, backends
+
+    print(f"grpo_kernels  {__version__}")
+    print(f"python        {platform.python_version()} on {platform.system()} {platform.machine()}")
+    for package in ("torch", "triton", "transformers", "peft", "datasets", "trl", "tensorboard", "matplotlib"):
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            found = "not installed"
+        print(f"{package:<13} {found}")
+    print("\ndevices")
+    print(f"  cpu     {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    for i in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(i)
+        capability = f"sm_{device.major}{device.minor}" if torch.version.hip is None else device.gcnArchName
+        print(f"  cuda:{i}  {device.name}, {capability}, {device.total_memory / 2**30:.0f} GiB")
+    print("\nbackends")
+    for name, reason in backends().items():
+        print(f"  {name:<7} {'here' if reason is None else 'not here: ' + ' '.join(reason.split())}")
+    return 0
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": _train, "eval": _eval, "plot": _plot, "info": _info}
+
+
+def _parse(
+    kind: type, arguments: list[str], usage: str, description: str, defaults: dict[str, Any] | None = None
+) -> Any:
+    """A configuration from flags and YAML files."""
+    try:
+        from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+    except ImportError as error:
+        raise ImportError("the trainer's commands need its packages: pip install 'grpo-kernels[train]'") from error
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog="grpo-kernels", usage=usage, description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="A YAML file of settings.")
+    parser.add_class_arguments(kind)
+    if defaults:
+        parser.set_defaults(defaults)
+    switches = {f"--{f.name}" for f in fields(kind) if f.type in (bool, "bool")}
+    try:
+        parsed = parser.parse_args(_with_values(arguments, switches))
+    except ArgumentError as error:
+        raise ValueError(str(error)) from error
+    # The older name goes away in version 5, the newer came with 4.49.
+    made = (getattr(parser, "instantiate", None) or parser.instantiate_classes)(parsed)
+    return kind(**{f.name: made[f.name] for f in fields(kind)})
+
+
+def _with_values(arguments: list[str], switches: set[str]) -> list[str]:
+    """``--resume`` alone means true, and ``--run-dir`` is ``--run_dir``."""
+    given = []
+    for i, argument in enumerate(arguments):
+        if argument.startswith("--"):
+            flag, equals, value = argument.partition("=")
+            argument = "--" + flag[2:].replace("-", "_") + equals + value
+            following = arguments[i + 1] if i + 1 < len(arguments) else "--"
+            if argument in switches and following.lower() not in ("true", "false", "yes", "no"):
+                argument += "=true"
+        given.append(argument)
+    return given
+
+
+if __name__ == "__main__":
+    sys.exit(main())
