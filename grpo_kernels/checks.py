@@ -119,14 +119,16 @@ def check_pairs(name: str, num_sequences: int) -> None:
 
 def check_labels_in_range(labels: torch.Tensor, vocabulary: int, ignore_index: int) -> None:
     """Labels in [0, V) or ``ignore_index``, where nothing predicts them too; on CPU."""
-    if values_are_readable(labels):
+    if not values_are_readable(labels) or not labels.numel():
+        return
+    low, high = (int(x) for x in torch.aminmax(labels.masked_fill(labels == ignore_index, 0)))
+    if low < 0 or high >= vocabulary:
         bad = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
-        if bad.any():
-            found = labels[bad].unique().tolist()
-            raise ValueError(
-                f"labels must be in [0, {vocabulary}) or ignore_index={ignore_index}, got {_short(found)} "
-                f"at {int(bad.sum())} of {labels.numel()} positions"
-            )
+        found = labels[bad].unique().tolist()
+        raise ValueError(
+            f"labels must be in [0, {vocabulary}) or ignore_index={ignore_index}, got {_short(found)} "
+            f"at {int(bad.sum())} of {labels.numel()} positions"
+        )
 
 
 def check_group_ids(group_ids: Any, num_pairs: int, num_groups: int, device: torch.device) -> None:

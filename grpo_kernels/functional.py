@@ -217,6 +217,10 @@ class _Pairs:
     """The arguments that belong to pairs, checked and in the dtypes that backends take."""
 
     __slots__ = ("group_ids", "group_weights", "pair_weights", "ref_logps")
+    group_ids: torch.Tensor
+    group_weights: Any
+    pair_weights: torch.Tensor | None
+    ref_logps: torch.Tensor | None
 
     @classmethod
     def check(

@@ -224,9 +224,8 @@ class GroupWeights(nn.Module):
             losses: (B,) all losses of the batch, to tell whether it is finite.
         """
         num_pairs = losses.shape[0]
-        seen = torch.cat([group_sums.double(), group_counts.double(), losses.double().sum().reshape(1)])
-        self.pending[:-1] += seen
-        self.pending[-1] += num_pairs
+        total = losses.sum(dtype=torch.float64).reshape(1)
+        self.pending += torch.cat([group_sums.double(), group_counts.double(), total, total.new_full((1,), num_pairs)])
         self._pending_pairs += num_pairs
 
     @torch.no_grad()
@@ -240,7 +239,8 @@ class GroupWeights(nn.Module):
             # What stays pending is local; the sum is not written back before it has been used.
             total = all_reduce_sum_(self.pending.clone(), self.process_group)
             moved = self._moved(total)
-            finite = total.isfinite().all() & moved.isfinite().all()
+            # One NaN or infinity anywhere leaves no finite sum.
+            finite = (total.sum() + moved.sum()).isfinite()
             self.log_alpha.copy_(torch.where(finite, moved, self.log_alpha))
             self.num_updates += finite
             self.num_skipped += ~finite

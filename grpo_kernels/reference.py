@@ -7,7 +7,7 @@ dtype and computes in it; give it float64 to have the truth.
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -174,7 +174,7 @@ def group_robust_loss(
     cu_seqlens: torch.Tensor | None = None,
 ) -> Reference:
     """The loss of one batch under given weights w, from the logits, by the definitions above and nothing else."""
-    layout = {"ignore_index": ignore_index, "shift": shift, "cu_seqlens": cu_seqlens}
+    layout: dict[str, Any] = {"ignore_index": ignore_index, "shift": shift, "cu_seqlens": cu_seqlens}
     policy_logps = sequence_sums(token_logps(logits, labels, **layout), cu_seqlens)
     lengths = labelled_tokens(labels, **layout) if length_normalize else None
     margins = pair_margins(log_ratios(policy_logps, ref_logps, lengths))
