@@ -31,8 +31,8 @@ from kernel_cases import (
 from grpo_kernels.types import IGNORE_INDEX
 
 HERE = Path(__file__).parent
-# Its budget is two roundings of the one logp, here -0.196; the sum under the logarithm is 1.2 and cannot be rounded finer
-# than that.  test_one_row_within_budget below asks the same of many rows, with the logits' size as the scale.
+# Its budget is two roundings of the one logp, here -0.196, and the sum under the logarithm is 1.2, whose own roundings
+# are larger.  test_one_row_within_budget below asks the same of many rows, with the logits' size as the scale.
 DESELECTED = "tests/kernels/test_parity.py::test_one_row[triton@cpu-float16]"
 INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
 TRITON = Place("triton", "cpu")
