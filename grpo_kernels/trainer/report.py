@@ -43,6 +43,11 @@ class Curves:
         """The group with the highest last held-out loss."""
         return max(self.final_loss, key=lambda name: self.final_loss[name])
 
+    @property
+    def least_accurate_group(self) -> str:
+        """The group with the lowest last held-out accuracy, often but not always the worst."""
+        return min(self.accuracy, key=lambda name: self.accuracy[name][1][-1])
+
 
 def read_curves(run_dir: str | Path, title: str | None = None) -> Curves:
     """Read the curves of a run.
@@ -132,8 +137,12 @@ def draw(runs: Sequence[Curves], heading: str | None = None) -> Any:
     colours = _colours(runs)
     columns = len(runs)
     longest = max(len(name) for name in colours)
-    label_width = 0.35 + 0.105 * min(longest, 24)
-    width, height, top = 0.9 + 3.5 * columns + label_width, 8.4, 0.62 if heading is None else 1.1
+    label_width = 0.45 + 0.107 * min(longest, 24)
+    width, height, top = (
+        0.9 + (3.5 if columns > 1 else 5.5) * columns + label_width,
+        8.4,
+        0.62 if heading is None else 0.98,
+    )
     # Figure, not pyplot: no global state, no display.
     figure = Figure(figsize=(width, height), facecolor="white")
     axes = figure.subplots(3, columns, sharex=True, sharey="row", squeeze=False)
@@ -148,17 +157,17 @@ def draw(runs: Sequence[Curves], heading: str | None = None) -> Any:
     for column, run in enumerate(runs):
         worst = run.worst_group
         rows = (
-            ("held-out loss", run.loss, run.mean_loss),
-            ("held-out accuracy", run.accuracy, run.mean_accuracy),
-            ("group weight α", run.alpha, None),  # noqa: RUF001
+            ("held-out loss", run.loss, run.mean_loss, worst),
+            ("held-out accuracy", run.accuracy, run.mean_accuracy, run.least_accurate_group),
+            ("group weight α", run.alpha, None, worst),  # noqa: RUF001
         )
-        for row, (label, curves, mean) in enumerate(rows):
+        for row, (label, curves, mean, thick) in enumerate(rows):
             axis = axes[row][column]
             _style(axis)
             if column == 0:
                 axis.set_ylabel(label, fontsize=_FONT, color=_INK)
             for name, (steps, values) in curves.items():
-                _line(axis, steps, values, colours[name], name == worst)
+                _line(axis, steps, values, colours[name], name == thick)
             if mean is not None:
                 axis.plot(*mean, color=_INK, linewidth=1.4, linestyle=(0, (4, 2.5)), zorder=3)
             axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -171,10 +180,12 @@ def draw(runs: Sequence[Curves], heading: str | None = None) -> Any:
     axes[2][0].set_ylim(0, max(top_alpha * 1.1, 0.05))
     for column, run in enumerate(runs):
         _value_of_worst(axes[0][column], run.loss[run.worst_group], colours[run.worst_group], "{:.2f}")
-        _value_of_worst(axes[1][column], run.accuracy[run.worst_group], colours[run.worst_group], "{:.0%}", below=True)
+        least = run.least_accurate_group
+        _value_of_worst(axes[1][column], run.accuracy[least], colours[least], "{:.0%}", below=True)
+        _say_if_equal(axes[2][column], run)
     last = runs[-1]
     _labels(axes[0][-1], last.loss, colours, last.worst_group, last.mean_loss)
-    _labels(axes[1][-1], last.accuracy, colours, last.worst_group, last.mean_accuracy)
+    _labels(axes[1][-1], last.accuracy, colours, last.least_accurate_group, last.mean_accuracy)
     _labels(axes[2][-1], last.alpha, colours, last.worst_group, None)
     from matplotlib.ticker import PercentFormatter
 
@@ -194,6 +205,22 @@ def _line(axis: Any, steps: Sequence[int], values: Sequence[float], colour: str,
     )
     if worst:
         axis.plot(steps[-1:], values[-1:], color=colour, marker="o", markersize=8, zorder=6, clip_on=False)
+
+
+def _say_if_equal(axis: Any, run: Curves) -> None:
+    """Lines that lie on each other show as one; say that they do."""
+    values = {round(value, 9) for _, values in run.alpha.values() for value in values}
+    if len(values) == 1 and len(run.alpha) > 1:
+        steps, (value, *_) = next(iter(run.alpha.values()))
+        axis.annotate(
+            "the same for all groups",
+            (steps[-1], value),
+            xytext=(2, 9),
+            textcoords="offset points",
+            ha="right",
+            fontsize=_FONT,
+            color="#555555",
+        )
 
 
 def _value_of_worst(
