@@ -3,8 +3,10 @@
     python -m experiments.hh.prepare --out data/hh_harmless
 
 The rows of its ``harmless-base`` test split hold two whole dialogues each, ``chosen`` and ``rejected``.  A pair is
-made of what the two share, up to and including the last "\\n\\nAssistant:", and of the two last replies.  Its group is
-the number of human turns: "1 turn", "2 turns", "3 turns", "4+ turns".
+made of the dialogue up to and including the last "\\n\\nAssistant:" of ``chosen``, and of what follows it in each; rows
+whose ``rejected`` does not begin in the same way are left out.  (A handful of replies go on to imitate further turns,
+so the last turn is looked for in one of the two.)  The group is the number of human turns in the prompt: "1 turn",
+"2 turns", "3 turns", "4+ turns".
 
 The data set is under the MIT licence, Copyright (c) 2022 Anthropic.  Its dialogues are adversarial and can be
 offensive.
@@ -36,7 +38,11 @@ def split_dialogue(dialogue: str) -> tuple[str, str]:
     start, marker, reply = dialogue.rpartition(ASSISTANT)
     if not marker:
         raise ValueError(f"a dialogue must have a turn that begins with {ASSISTANT!r}, got {dialogue[:60]!r}")
-    return start + marker, " " + reply.strip()
+    return start + marker, _reply(reply)
+
+
+def _reply(text: str) -> str:
+    return " " + text.strip()
 
 
 def group_of(prompt: str) -> str:
@@ -56,19 +62,21 @@ def make_pairs(rows: Iterable[dict[str, Any]]) -> tuple[list[dict[str, str]], Co
         out by reason.
 
     Raises:
-        ValueError: a row without one of the two, or a dialogue in which the assistant never speaks: the row number.
+        ValueError: a row without one of the two, or a chosen dialogue in which the assistant never speaks: the row
+            number.
     """
     pairs: list[dict[str, str]] = []
     left_out: Counter[str] = Counter()
     for number, row in enumerate(rows, start=1):
+        for name in ("chosen", "rejected"):
+            if not isinstance(row.get(name), str):
+                raise ValueError(f"row {number}: field {name!r} must be a string, its fields are {sorted(row)}")
         try:
             prompt, chosen = split_dialogue(row["chosen"])
-            other_prompt, rejected = split_dialogue(row["rejected"])
-        except KeyError as error:
-            raise ValueError(f"row {number} has no field {error}, its fields are {sorted(row)}") from error
+            same_start, rejected = row["rejected"].startswith(prompt), _reply(row["rejected"][len(prompt) :])
         except ValueError as error:
             raise ValueError(f"row {number}: {error}") from error
-        if prompt != other_prompt:
+        if not same_start:
             left_out["the dialogues differ before the last reply"] += 1
         elif HUMAN not in prompt:
             left_out["no human turn"] += 1

@@ -48,8 +48,14 @@ def test_rows_become_pairs_and_what_holds_no_preference_is_left_out_and_counted(
     }
 
 
+def test_a_reply_that_imitates_further_turns_is_kept_whole():
+    imitates = " No.\n\nHuman: Why?\n\nAssistant: So."
+    pairs, _ = make_pairs([{"chosen": ONE + " Yes.", "rejected": ONE + imitates}])
+    assert pairs == [{"prompt": ONE, "chosen": " Yes.", "rejected": imitates, "group": "1 turn"}]
+
+
 def test_a_bad_row_is_named():
-    with pytest.raises(ValueError, match=r"row 2 has no field 'rejected', its fields are \['chosen'\]"):
+    with pytest.raises(ValueError, match=r"row 2: field 'rejected' must be a string, its fields are \['chosen'\]"):
         make_pairs([*rows(1), {"chosen": ONE + " Yes."}])
     with pytest.raises(ValueError, match="row 1: a dialogue must"):
         make_pairs([{"chosen": "Hello", "rejected": "Hi"}])
