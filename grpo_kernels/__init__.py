@@ -5,6 +5,7 @@ The loss is :func:`fused_grpo_loss`; the weights of the groups live in :class:`G
 
 from .backends import backends
 from .functional import fused_grpo_loss, preference_loss, sequence_logps, token_logps
+from .functional_linear import fused_linear_grpo_loss, linear_sequence_logps, linear_token_logps
 from .group_weights import GroupWeights, exponentiated_step
 from .types import GroupLossOutput, LossType, UnavailableBackendError
 
@@ -18,6 +19,9 @@ __all__ = [
     "backends",
     "exponentiated_step",
     "fused_grpo_loss",
+    "fused_linear_grpo_loss",
+    "linear_sequence_logps",
+    "linear_token_logps",
     "preference_loss",
     "sequence_logps",
     "token_logps",

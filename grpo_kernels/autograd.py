@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from . import linear_head
 from .backends import Backend
 
 
@@ -63,6 +64,52 @@ class TokenLogps(torch.autograd.Function):
             # As after any in-place operation: whoever saved these logits, this node too, must not use them again.
             torch.autograd.graph.increment_version(logits)
         return grad, None, None, None, None
+
+
+class LinearTokenLogps(torch.autograd.Function):
+    """hidden, weight, bias → log-probability of each row's target, tile by tile (linear_head.py).
+
+    A frozen head saves (labelled rows, H) and nothing else; otherwise its inputs, a few vectors and the kept tiles.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        call: linear_head.Call,
+        backend: Backend,
+    ) -> torch.Tensor:
+        """(rows, H), (V, H), (V,) and (rows,) int64 → (rows,)."""
+        needs = tuple(call.grad and need for need in ctx.needs_input_grad[:3])
+        with torch.autocast(hidden.device.type, enabled=False):  # call.dtype has heard it already
+            logps, index, right, *saved = linear_head.token_logps_fwd(
+                hidden, weight, bias, targets, needs, call, backend
+            )
+        again = (hidden, weight, bias, targets) if needs[1] or needs[2] else (None,) * 4
+        ctx.save_for_backward(*again, index, right, *saved)
+        ctx.needs, ctx.call, ctx.backend = needs, call, backend
+        ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
+        return logps
+
+    @staticmethod
+    @_differentiable_once
+    def backward(ctx: Any, grad_logps: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, bias, targets, index, right, *saved = ctx.saved_tensors
+        grad_hidden = grad_weight = grad_bias = None
+        with torch.autocast(grad_logps.device.type, enabled=False):
+            c = grad_logps[index]
+            if right is not None:
+                c = c.masked_fill(~right, torch.nan)
+            if ctx.needs[0]:
+                grad_hidden = linear_head.hidden_gradient(c, saved[0], index, ctx.shape, ctx.dtype)
+            if ctx.needs[1] or ctx.needs[2]:
+                grad_weight, grad_bias = linear_head.weight_gradient(
+                    c, hidden, weight, bias, targets, index, linear_head.Saved(*saved), ctx.needs, ctx.call, ctx.backend
+                )
+        return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
 class PreferenceTail(torch.autograd.Function):

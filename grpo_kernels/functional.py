@@ -86,7 +86,7 @@ def fused_grpo_loss(
     num_sequences = logits.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     check_pairs("logits" if cu_seqlens is None else "cu_seqlens", num_sequences)
     arguments = _Pairs.check(num_sequences, logits.device, ref_logps, group_ids, group_weights, pair_weights)
-    targets = _checked_targets(logits, labels, ignore_index, shift, cu_seqlens)
+    targets = _checked_targets(logits.shape[-1], labels, ignore_index, shift, cu_seqlens)
     if overwrite_logits:
         check_overwrite(logits)
     chosen = pick(backend, logits.device, logits.dtype)
@@ -272,7 +272,7 @@ def _token_rows(
 ) -> tuple[torch.Tensor, int]:
     """Checks; then the log-probability that each row of logits gives its target, and the number of sequences."""
     check_logits(logits, labels, cu_seqlens)
-    targets = _checked_targets(logits, labels, ignore_index, shift, cu_seqlens)
+    targets = _checked_targets(logits.shape[-1], labels, ignore_index, shift, cu_seqlens)
     if overwrite_logits:
         check_overwrite(logits)
     chosen = pick(backend, logits.device, logits.dtype)
@@ -281,12 +281,12 @@ def _token_rows(
 
 
 def _checked_targets(
-    logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, shift: bool, cu_seqlens: torch.Tensor | None
+    vocabulary: int, labels: torch.Tensor, ignore_index: int, shift: bool, cu_seqlens: torch.Tensor | None
 ) -> torch.Tensor:
-    """(rows,) int64: the word that each row of logits has to predict.  Shifting labels spares copying logits."""
+    """(rows,) int64: the word that each row has to predict.  Shifting labels spares copying logits."""
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {describe(ignore_index)}")
-    check_labels_in_range(labels, logits.shape[-1], ignore_index)
+    check_labels_in_range(labels, vocabulary, ignore_index)
     targets = labels.reshape(-1).long()
     if shift and targets.numel():
         targets = targets.roll(-1)

@@ -49,7 +49,33 @@ ignore_index)``
 
     With ``length_normalize`` policy and reference are divided by ``max(length, 1)`` before the margin.
 
-Every backend gives the same bits on every run (no floating-point atomics), whatever the number of threads.
+``head_tile_fwd(logits, bias, targets, top, rest, picked, factor, exps, *, start, softcap, logit_scale, shift)``
+    One tile of the LM head (``linear_head``), words ``[start, start + words)`` of the vocabulary, just out of the
+    GEMM.  With ``z = softcap * tanh(logit_scale * (logits + bias) / softcap)``, or without a cap, and over the words v
+    that are not the row's target:
+
+        new top = max(top, max z),  factor = exp(top - new top),  rest = rest * factor + sum exp(z - new top)
+        exps[v] = 2^-shift exp(z[v] - new top) d[v],  d = 1 - (z / softcap)^2 or 1;  0 at the target
+
+    - logits   (rows, words), last stride 1; the GEMM's output, and scratch: it may be overwritten
+    - bias     (words,) dtype of top, or None
+    - targets  (rows,) int64, contiguous, words of the whole vocabulary; one outside the tile has no effect
+    - top, rest, picked, factor (rows,) float32 (float64 for float64 logits), contiguous; the first two in and out,
+      picked out where the target is in the tile (``z[target]``), else left as it is; factor out
+    - exps     out, shape of logits, last stride 1, the dtype that goes into GEMMs; may be the memory of logits where
+      the dtypes agree; None: not wanted
+    - softcap  0 for none
+
+    NaN or +inf in a row make top or rest NaN; a tile of -inf leaves both as they are.
+
+``head_tile_bwd(logits, bias, targets, top, scale, at_target, grads, *, start, softcap, logit_scale)``
+    The same tile again: ``grads[v] = scale * exp(z[v] - top) * d[v]``, ``grads[target] = at_target * d[target]``.
+
+    - top, scale, at_target (rows,) float32 (float64 for float64 logits), contiguous
+    - grads    out, as ``exps`` above
+
+Every backend gives the same bits on every run (no floating-point atomics), whatever the number of threads.  The tile
+operations may be missing from a backend; the head then takes those of ``torch`` under ``auto``.
 """
 
 from __future__ import annotations
@@ -82,6 +108,14 @@ class Backend(Protocol):
         policy_logps, lengths, margins, losses, slopes, group_sums, group_counts,
         *, loss_type, beta, label_smoothing, length_normalize, ignore_index,
     ) -> None: ...  # fmt: skip
+
+    def head_tile_fwd(
+        self, logits, bias, targets, top, rest, picked, factor, exps, *, start, softcap, logit_scale, shift
+    ) -> None: ...
+
+    def head_tile_bwd(
+        self, logits, bias, targets, top, scale, at_target, grads, *, start, softcap, logit_scale
+    ) -> None: ...
 
 
 _MODULES = {

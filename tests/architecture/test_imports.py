@@ -22,10 +22,14 @@ MAY_IMPORT = {
     "distributed": set(),
     "backends": {"types", "_cpu", "_cuda"},  # the built extensions, which no one else may touch
     "ops": {"backends"},
-    "linear_head": {"types", "checks", "backends", "distributed", "ops"},
+    "linear_plan": set(),
+    "linear_head": {"types", "checks", "backends", "distributed", "ops", "linear_plan"},
     "autograd": {"types", "backends", "distributed", "ops", "linear_head"},
     "group_weights": {"types", "distributed"},
     "functional": {"types", "checks", "backends", "ops", "linear_head", "autograd", "group_weights"},
+    "functional_linear": {
+        "types", "checks", "backends", "ops", "linear_plan", "linear_head", "autograd", "functional", "group_weights",
+    },
 }
 """The core, module by module: what each may import from this package.  The list is the order of the house."""
 

@@ -62,4 +62,7 @@ def test_types_are_shipped():
 
 
 def test_only_the_loss_carries_the_ambiguous_name():
-    assert [name for name in grpo_kernels.__all__ if "grpo" in name.lower()] == ["fused_grpo_loss"]
+    assert [name for name in grpo_kernels.__all__ if "grpo" in name.lower()] == [
+        "fused_grpo_loss",
+        "fused_linear_grpo_loss",
+    ]

@@ -1,0 +1,274 @@
+"""The public functions that start from hidden states: each checks its arguments, then applies ``autograd.py``.
+
+    z = softcap * tanh(logit_scale * (h W^T + b) / softcap),   p_t = z[t, y_t] - logsumexp_v z[t, v]
+
+and from the p_t on everything is as in ``functional.py``.  The logits themselves never exist (``linear_head.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from .autograd import LinearTokenLogps, SequenceSum
+from .backends import Backend, choose
+from .checks import check_cu_seqlens, check_device, check_integers, check_loss_settings, check_pairs, describe
+from .functional import _checked_targets, _Pairs, _tail
+from .group_weights import GroupWeights
+from .linear_plan import Call
+from .ops import pick
+from .types import IGNORE_INDEX, LOSS_TYPES, GroupLossOutput, LossType, UnavailableBackendError
+
+
+def fused_linear_grpo_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    ref_logps: torch.Tensor | None,
+    group_ids: torch.Tensor,
+    group_weights: GroupWeights | torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    memory_budget: int | float | str = "auto",
+    num_labelled: int | None = None,
+    beta: float = 0.1,
+    loss_type: LossType = "sigmoid",
+    label_smoothing: float = 0.0,
+    length_normalize: bool = False,
+    pair_weights: torch.Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    shift: bool = True,
+    cu_seqlens: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> GroupLossOutput:
+    """Group-robust preference loss of B pairs, from the hidden states before the LM head; logits never exist.
+
+        loss = (1/B) sum_i w[g_i] l(m_i),   z = softcap * tanh(logit_scale * (hidden W^T + bias) / softcap)
+
+    Args:
+        hidden: (2B, T, H) padded, the B chosen sequences first and then the B rejected; or (rows, H) packed, with
+            ``cu_seqlens``.  float32, bfloat16, float16 or float64.
+        weight: (V, H) of the LM head, floating.  Where dtypes differ GEMMs run in the one that holds both; under
+            autocast in autocast's.
+        labels: int64 or int32, shape of hidden without H: token ids, ``ignore_index`` at prompt and padding.  Rows
+            without a label cost nothing.
+        bias: (V,) of the LM head, floating; None for none.
+        softcap: > 0, bound on the logits (Gemma); None for none.
+        logit_scale: finite and not 0, multiplies the logits before the cap (Cohere; Granite divides by its scaling).
+        memory_budget: what forward may keep for backward when the head trains: bytes (int; 0 keeps nothing and makes
+            every tile of logits twice), a share of the device's memory (float in [0, 1]), or "auto", a tenth.
+        num_labelled: how many labels are scored (after ``shift``), which spares one wait for the device; a wrong
+            number makes the result NaN.
+        ref_logps, group_ids, group_weights, beta, loss_type, label_smoothing, length_normalize, pair_weights,
+            ignore_index, shift, cu_seqlens, backend: as in :func:`fused_grpo_loss`.
+
+    Returns:
+        GroupLossOutput, float32 (float64 for float64 hidden or weight).
+
+    Raises:
+        TypeError, ValueError: naming the argument, the rule and what came, before anything is computed.
+        UnavailableBackendError: the backend named cannot run here, or has no tile operations for the head.
+        RuntimeError: called with a moving GroupWeights inside a checkpointed region.
+
+    Source: Ramesh et al. 2024 (arXiv 2405.20304), equations 6 and 10 and Algorithm 1.
+    """
+    check_loss_settings(beta, loss_type, label_smoothing)
+    head = _Head(bias, softcap, logit_scale, memory_budget, num_labelled)
+    sequences = _check_inputs(hidden, weight, labels, cu_seqlens, head)
+    check_pairs("hidden" if cu_seqlens is None else "cu_seqlens", sequences)
+    pairs = _Pairs.check(sequences, hidden.device, ref_logps, group_ids, group_weights, pair_weights)
+    rows, targets = _token_rows(hidden, weight, labels, head, ignore_index, shift, cu_seqlens, backend)
+    settings = {
+        "loss_type": LOSS_TYPES.index(loss_type),
+        "beta": float(beta),
+        "label_smoothing": float(label_smoothing),
+        "length_normalize": bool(length_normalize),
+        "ignore_index": ignore_index,
+    }
+    chosen = pick(backend, hidden.device, rows.dtype)
+    return _tail(rows, targets, cu_seqlens, None, pairs, settings, chosen)
+
+
+def linear_token_logps(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    memory_budget: int | float | str = "auto",
+    num_labelled: int | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    shift: bool = True,
+    cu_seqlens: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Log-probability of every labelled token, from the hidden states before the LM head.
+
+        p_t = z[t, y_t] - logsumexp_v z[t, v],   z = softcap * tanh(logit_scale * (hidden W^T + bias) / softcap)
+
+    Args:
+        As :func:`fused_linear_grpo_loss`; any number of sequences.
+
+    Returns:
+        Shape of labels, float32 (float64 for float64 hidden or weight), in nats: entry t is log p(labels[t]); 0 where
+        the label is ignored and, under ``shift``, at the first position of a sequence.  Differentiable in hidden,
+        weight and bias, with any gradient: any loss of log-probabilities can stand on it.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the rule and what came, before anything is computed.
+        UnavailableBackendError: the backend named cannot run here, or has no tile operations for the head.
+    """
+    head = _Head(bias, softcap, logit_scale, memory_budget, num_labelled)
+    _check_inputs(hidden, weight, labels, cu_seqlens, head)
+    rows, _ = _token_rows(hidden, weight, labels, head, ignore_index, shift, cu_seqlens, backend)
+    # Row t-1 scored label t.  The last row of a sequence scored nothing and holds 0, so rolling cannot cross one.
+    return (rows.roll(1) if shift else rows).view(labels.shape)
+
+
+def linear_sequence_logps(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    memory_budget: int | float | str = "auto",
+    num_labelled: int | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    shift: bool = True,
+    cu_seqlens: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Summed log-probability of the labelled tokens of each sequence, from the hidden states before the LM head.
+
+        log pi = sum_t p_t
+
+    Args:
+        As :func:`linear_token_logps`.
+
+    Returns:
+        (sequences,) float32 (float64 for float64 hidden or weight), in nats; 0 for a sequence without labels.
+        Differentiable.
+
+    Raises:
+        As :func:`linear_token_logps`.
+    """
+    head = _Head(bias, softcap, logit_scale, memory_budget, num_labelled)
+    sequences = _check_inputs(hidden, weight, labels, cu_seqlens, head)
+    rows, _ = _token_rows(hidden, weight, labels, head, ignore_index, shift, cu_seqlens, backend)
+    return SequenceSum.apply(rows, cu_seqlens, sequences)
+
+
+class _Head(NamedTuple):
+    """The arguments that belong to the head."""
+
+    bias: torch.Tensor | None
+    softcap: float | None
+    logit_scale: float
+    memory_budget: int | float | str
+    num_labelled: int | None
+
+
+def _token_rows(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    head: _Head,
+    ignore_index: int,
+    shift: bool,
+    cu_seqlens: torch.Tensor | None,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Checked arguments → (rows,) log-probability of each row's target, and the targets."""
+    targets = _checked_targets(weight.shape[0], labels, ignore_index, shift, cu_seqlens)
+    dtype = _gemm_dtype(hidden, weight)
+    call = Call(
+        dtype, ignore_index, head.num_labelled, head.memory_budget, float(head.softcap or 0), float(head.logit_scale),
+        torch.is_grad_enabled(),
+    )  # fmt: skip
+    chosen = _tile_backend(backend, hidden.device, dtype)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return LinearTokenLogps.apply(flat, weight, head.bias, targets, call, chosen), targets
+
+
+def _gemm_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    """The dtype that holds both; under autocast its own, which it applies to everything below float64."""
+    device, dtype = hidden.device.type, torch.promote_types(hidden.dtype, weight.dtype)
+    if dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return dtype
+
+
+def _tile_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend that will run the tile operations; plain PyTorch under "auto" where the first choice has none."""
+    chosen = choose(name, device, dtype)
+    if hasattr(chosen, "head_tile_fwd"):
+        return chosen
+    if name != "auto":
+        raise UnavailableBackendError(f"backend={name!r} cannot be used here: it has no tile operations for the head")
+    return choose("torch", device, dtype)
+
+
+def _check_inputs(hidden: Any, weight: Any, labels: Any, cu_seqlens: Any, head: _Head) -> int:
+    """Everything about one call but the pairs and the labels' values; returns the number of sequences."""
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a floating tensor, got {describe(tensor)}")
+    dims = 3 if cu_seqlens is None else 2
+    if hidden.dim() != dims:
+        shape = "(2B, T, H), padded" if dims == 3 else "(rows, H), packed, where cu_seqlens is given"
+        raise ValueError(f"hidden must have shape {shape}, got {describe(hidden)}")
+    width = hidden.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != width or not weight.shape[0] or not width:
+        raise ValueError(
+            f"weight must have shape (V, {width}) with V >= 1, hidden being {width} >= 1 wide, got {describe(weight)}"
+        )
+    check_device("weight", weight, hidden.device)
+    check_integers("labels", labels, hidden.shape[:-1], hidden.device)
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, hidden.shape[0], hidden.device)
+    _check_head(head, weight)
+    if head.num_labelled is not None and head.num_labelled > labels.numel():
+        raise ValueError(f"num_labelled must be at most the {labels.numel()} labels, got {head.num_labelled}")
+    return hidden.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def _check_head(head: _Head, weight: torch.Tensor) -> None:
+    bias, softcap, logit_scale, budget, num_labelled = head
+    if bias is not None:
+        if not isinstance(bias, torch.Tensor) or not bias.is_floating_point():
+            raise TypeError(f"bias must be a floating tensor or None, got {describe(bias)}")
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must have shape ({weight.shape[0]},), as weight has words, got {describe(bias)}")
+        check_device("bias", bias, weight.device)
+    if softcap is not None and not (_is_number("softcap", softcap) and 0 < softcap < math.inf):
+        raise ValueError(f"softcap must be positive and finite, or None for no cap, got {softcap!r}")
+    if not (_is_number("logit_scale", logit_scale) and math.isfinite(logit_scale) and logit_scale != 0):
+        raise ValueError(f"logit_scale must be finite and not 0, got {logit_scale!r}")
+    if isinstance(budget, str):
+        if budget != "auto":
+            raise ValueError(f"memory_budget must be 'auto', bytes or a share of memory, got {budget!r}")
+    elif _is_number("memory_budget", budget) and not budget >= 0:
+        raise ValueError(f"memory_budget must not be negative, got {budget!r}")
+    elif isinstance(budget, float) and budget > 1:
+        raise ValueError(
+            f"memory_budget as a float is a share of the device's memory, at most 1, got {budget!r}; bytes are an int"
+        )
+    if num_labelled is not None:
+        if isinstance(num_labelled, bool) or not isinstance(num_labelled, int):
+            raise TypeError(f"num_labelled must be an int or None, got {describe(num_labelled)}")
+        if num_labelled < 0:
+            raise ValueError(f"num_labelled must not be negative, got {num_labelled}")
+
+
+def _is_number(name: str, value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {describe(value)}")
+    return True
