@@ -113,6 +113,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: something is missing, cut off, changed, or of a format this version does not know.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
     body = read_manifest(path)
@@ -129,7 +130,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
             )
         if hashlib.sha256(data).hexdigest() != expected["sha256"]:
             raise CheckpointError(f"checkpoint {path} is damaged: {name} does not have the SHA-256 it was written with")
-        parts[name.removesuffix(".safetensors")] = load(data)
+        try:
+            parts[name.removesuffix(".safetensors")] = load(data)
+        except SafetensorError as error:
+            raise CheckpointError(f"checkpoint {path} is damaged: {name} holds no tensors: {error}") from error
     return Checkpoint(body["step"], parts, body["scalars"])
 
 
