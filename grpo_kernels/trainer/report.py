@@ -17,6 +17,7 @@ METHODS = {"dpo": "DPO", "is_dpo": "IS-DPO", "gr_dpo": "GR-DPO"}
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 _INK, _QUIET = "#222222", "#B0B0B0"
 _FONT = 12.0
+_MEAN = "all pairs"
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def draw(runs: Sequence[Curves], heading: str | None = None) -> Any:
 
     colours = _colours(runs)
     columns = len(runs)
-    longest = max(len(name) for name in colours)
+    longest = max(len(name) for name in (*colours, _MEAN))
     label_width = 0.45 + 0.107 * min(longest, 24)
     width, height, top = (
         0.9 + (3.5 if columns > 1 else 5.5) * columns + label_width,
@@ -262,7 +263,7 @@ def _labels(
         if colours[name] != _QUIET
     ]
     if mean is not None and mean[1]:
-        entries.append((mean[1][-1], "all pairs", _INK, False))
+        entries.append((mean[1][-1], _MEAN, _INK, False))
     grey = sum(colours[name] == _QUIET for name in curves)
     if grey:
         values = [v[-1] for name, (_, v) in curves.items() if colours[name] == _QUIET]

@@ -112,8 +112,8 @@ def test_the_average_is_the_plain_mean_of_the_iterates_and_gives_the_parameters_
             trained["p0"].fill_(value)
         average.update()
     with average:
-        assert float(trained["p0"]) == pytest.approx(3)
-    assert float(trained["p0"]) == 6
+        assert trained["p0"].item() == pytest.approx(3)
+    assert trained["p0"].item() == 6
     assert trained["p0"].requires_grad
 
 
