@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <stdexcept>
 
+#include "cpu/head_tile.h"
 #include "cpu/isa.h"
 #include "cpu/preference_tail.h"
 #include "cpu/token_logps.h"
@@ -57,6 +58,28 @@ void token_logps_bwd(int dtype, Address logits, int64_t sequences, int64_t lengt
                           threads});
 }
 
+Tile tile_of(int dtype, int64_t rows, int64_t words, int64_t start, Address logits, int64_t stride, Address bias,
+             Address targets, float softcap, float logit_scale, int threads) {
+  return {dtype_of(dtype), rows,    words,       start, at<void>(logits), stride, at<float>(bias), at<int64_t>(targets),
+          softcap,         logit_scale, threads};
+}
+
+void head_tile_fwd(int dtype, int64_t rows, int64_t words, int64_t start, Address logits, int64_t stride, Address bias,
+                   Address targets, float softcap, float logit_scale, int threads, Address top, Address rest,
+                   Address picked, Address factor, Address exps, int64_t exps_stride, float exps_scale) {
+  head_tile().forward(
+      {tile_of(dtype, rows, words, start, logits, stride, bias, targets, softcap, logit_scale, threads),
+       at<float>(top), at<float>(rest), at<float>(picked), at<float>(factor), at<void>(exps), exps_stride, exps_scale});
+}
+
+void head_tile_bwd(int dtype, int64_t rows, int64_t words, int64_t start, Address logits, int64_t stride, Address bias,
+                   Address targets, float softcap, float logit_scale, int threads, Address top, Address scale,
+                   Address at_target, Address grads, int64_t grads_stride) {
+  head_tile().backward(
+      {tile_of(dtype, rows, words, start, logits, stride, bias, targets, softcap, logit_scale, threads),
+       at<float>(top), at<float>(scale), at<float>(at_target), at<void>(grads), grads_stride});
+}
+
 void tail(bool float64, int64_t rows, int64_t pairs, int64_t groups, Address token_logps, Address targets,
           Address cu_seqlens, Address ref_logps, Address group_ids, Address pair_weights, Address policy_logps,
           Address lengths, Address margins, Address losses, Address slopes, Address group_sums, Address group_counts,
@@ -96,6 +119,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("token_logps_fwd", token_logps_fwd, unlocked);
   m.def("token_logps_bwd", token_logps_bwd, unlocked);
   m.def("preference_tail", tail, unlocked);
+  m.def("head_tile_fwd", head_tile_fwd, unlocked);
+  m.def("head_tile_bwd", head_tile_bwd, unlocked);
   m.def("isa", [] { return isa_name(isa()); }, "The instruction set in use; raises if GRPO_KERNELS_ISA cannot be met.");
   m.def(
       "exp_float32", [](Address x, Address y, int64_t n) { token_logps().exp(at<float>(x), at<float>(y), n); },

@@ -52,6 +52,7 @@ GRPO_HOST_DEVICE inline ValueAndSlope margin_loss(double margin, LossType type, 
   const double scale = type == LossType::kRobust ? 1 / (1 - 2 * smoothing) : 1.0;
   const double a = (1 - smoothing) * scale;
   const double b = (type == LossType::kRobust ? -smoothing : smoothing) * scale;
+  if (b == 0) return {win, -beta * s_neg};  // not 0 * lose: a rejected reply that is impossible has lose = inf
   return {a * win + b * lose, beta * (b * s_pos - a * s_neg)};
 }
 

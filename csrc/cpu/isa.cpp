@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "head_tile.h"
 #include "token_logps.h"
 
 #ifdef GRPO_X86
@@ -68,6 +69,20 @@ const TokenLogps& token_logps() {
   isa();  // so that a wrong GRPO_KERNELS_ISA is an error on every machine
 #endif
   return kTokenLogpsBaseline;
+}
+
+const HeadTile& head_tile() {
+#ifdef GRPO_X86
+  switch (isa()) {
+    case Isa::kAvx512Bf16: return kHeadTileAvx512Bf16;
+    case Isa::kAvx512: return kHeadTileAvx512;
+    case Isa::kAvx2: return kHeadTileAvx2;
+    case Isa::kBaseline: break;
+  }
+#else
+  isa();  // so that a wrong GRPO_KERNELS_ISA is an error on every machine
+#endif
+  return kHeadTileBaseline;
 }
 
 }  // namespace grpo_kernels

@@ -45,12 +45,13 @@ int64_t labelled_in(const int64_t* targets, Segment segment, int64_t ignore_inde
   return count;
 }
 
-// The log-ratio of a sequence, from the unrounded sum; writes policy_logps and, where asked, lengths.
+// The log-ratio of a sequence; writes policy_logps and, where asked, lengths.  The sum is rounded to T first: whoever
+// made the reference in float32 rounded it so, and a policy that equals its reference has margin 0 to the bit.
 template <class T>
 double log_ratio(const TailArgs& args, int64_t sequence) {
   const Segment segment = segment_of(args, sequence);
-  const double logp = sum_of(static_cast<const T*>(args.token_logps), segment);
-  static_cast<T*>(args.policy_logps)[sequence] = static_cast<T>(logp);
+  const T logp = static_cast<T>(sum_of(static_cast<const T*>(args.token_logps), segment));
+  static_cast<T*>(args.policy_logps)[sequence] = logp;
   if (args.targets != nullptr)
     args.lengths[sequence] = static_cast<double>(labelled_in(args.targets, segment, args.ignore_index));
   const double ratio = args.ref_logps == nullptr ? logp : logp - args.ref_logps[sequence];

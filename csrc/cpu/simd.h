@@ -24,13 +24,14 @@ namespace {
 #include "simd_portable.h"
 #endif
 
-// exp x = 2^n exp r with n = round(x / ln 2) and |r| <= ln(2)/2, within 1 ulp (2 where the result is subnormal).
-// ln 2 is taken off in two parts, the first short enough that its product with n is exact.  The polynomial has the
-// exact leading terms 1 + r, so exp 0 is exactly 1, and a minimax remainder of 3e-9.  NaN stays NaN.
+// exp x for x <= 88.7, which is all there is: a logit less a bound on its row.  2^n exp r with n = round(x / ln 2) and
+// |r| <= ln(2)/2, within 1 ulp, subnormal results included.  Adding 1.5 * 2^23 leaves no bits for a fraction.  ln 2 is
+// taken off in two parts, the first short enough that its product with n is exact.  The polynomial has the exact
+// leading terms 1 + r, so exp 0 is exactly 1, and a minimax remainder of 3e-9.  NaN stays NaN.
 inline Vec exp(Vec x) {
-  x = max_keeping_nan_of_second(broadcast(-104.0f), x);  // 0 from there on; keeps infinities out of n
-  x = min_keeping_nan_of_second(broadcast(89.0f), x);    // +inf from there on
-  const Vec n = round_to_integer(x * broadcast(1.44269504f));
+  const Vec magic = broadcast(12582912.0f);
+  x = max_keeping_nan_of_second(broadcast(-104.0f), x);  // 0 from there on; keeps -inf out of n
+  const Vec n = multiply_add(x, broadcast(1.44269504f), magic) - magic;
   Vec r = negative_multiply_add(n, broadcast(0.693359375f), x);
   r = negative_multiply_add(n, broadcast(-2.12194440e-4f), r);
   Vec p = broadcast(0.00138145406f);
@@ -38,7 +39,8 @@ inline Vec exp(Vec x) {
   p = multiply_add(p, r, broadcast(0.041668389f));
   p = multiply_add(p, r, broadcast(0.166665211f));
   p = multiply_add(p, r, broadcast(0.49999994f));
-  p = multiply_add(p, r * r, r) + broadcast(1.0f);
+  p = multiply_add(p, r, broadcast(1.0f));
+  p = multiply_add(p, r, broadcast(1.0f));
   return scale_by_power_of_two(p, n);
 }
 

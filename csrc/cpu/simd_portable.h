@@ -20,18 +20,13 @@ inline Vec broadcast(float x) { return {Float4{x, x, x, x}}; }
 inline Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
 inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
 inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+inline Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 inline Vec negative_multiply_add(Vec a, Vec b, Vec c) { return {c.v - a.v * b.v}; }
 inline Vec max_keeping_nan_of_second(Vec a, Vec b) { return {select((Int4)(a.v > b.v), a.v, b.v)}; }
-inline Vec min_keeping_nan_of_second(Vec a, Vec b) { return {select((Int4)(a.v < b.v), a.v, b.v)}; }
 inline bool any_greater(Vec a, Vec b) {
   const Int4 mask = (Int4)(a.v > b.v);
   return (mask[0] | mask[1] | mask[2] | mask[3]) != 0;
-}
-// |a| is at most 150 wherever this is used; adding 1.5 * 2^23 leaves no bits for a fraction.
-inline Vec round_to_integer(Vec a) {
-  const Float4 magic = broadcast(12582912.0f).v;
-  return {(a.v + magic) - magic};
 }
 // In two halves, because 2^n itself is out of range where the result is subnormal.
 inline Vec scale_by_power_of_two(Vec a, Vec n) {

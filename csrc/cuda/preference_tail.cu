@@ -48,7 +48,7 @@ inline __device__ double log_ratio(const TailArgs& args, int64_t sequence) {
   double logp = 0;
 #pragma unroll 4
   for (int64_t i = begin + lane; i < end; i += kWarp) logp += token_logps[i];
-  logp = warp_sum(logp);
+  logp = static_cast<T>(warp_sum(logp));  // rounded first, as the reference was: see cpu/preference_tail.cpp
   double length = 0;
   if (args.targets != nullptr) {
 #pragma unroll 4

@@ -32,13 +32,13 @@ COMMUNITIES = {
 TEST_PAIRS = 500
 REPLY_WORDS = 6
 TOPICS = {
-    "garden": ["soil", "seeds", "roots", "shade", "compost", "prune", "water"],
-    "kitchen": ["simmer", "salt", "oven", "knife", "dough", "spice", "stir"],
-    "travel": ["ticket", "train", "visa", "luggage", "hostel", "route", "ferry"],
-    "music": ["chord", "tempo", "scale", "melody", "rhythm", "strings", "pitch"],
+    "garden": ["soil", "seeds", "roots", "shade"],
+    "kitchen": ["simmer", "salt", "oven", "knife"],
+    "travel": ["ticket", "train", "visa", "luggage"],
+    "music": ["chord", "tempo", "scale", "melody"],
 }
-WARM = ["dear", "gladly", "friend", "lovely", "welcome", "kindly"]
-PLAIN = ["then", "also", "maybe", "first", "next", "often"]
+WARM = ["dear", "gladly", "friend", "lovely"]
+PLAIN = ["then", "also", "maybe", "first"]
 
 
 def write_seed(folder: Path, seed: int) -> tuple[Path, Path]:
@@ -65,7 +65,7 @@ def _pairs(name: str, size: int, rng: random.Random) -> Iterator[dict[str, str]]
             continue
         chosen, rejected = (first, second) if gap > 0 else (second, first)
         yield {
-            "prompt": f"<reader> my {topic} ?",
+            "prompt": f"my {topic} ?",
             "chosen": " " + " ".join(chosen),
             "rejected": " " + " ".join(rejected),
             "group": name,

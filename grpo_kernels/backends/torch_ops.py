@@ -93,6 +93,7 @@ def preference_tail(
     num_pairs, num_groups = group_ids.shape[0], group_sums.shape[0]
     logps = _segment_sum(token_logps.double(), cu_seqlens, 2 * num_pairs)
     policy_logps.copy_(logps)
+    logps = policy_logps.double()  # rounded as the reference was: a policy that equals it has margin 0 to the bit
     if targets is not None:
         lengths.copy_(_segment_sum((targets != ignore_index).double(), cu_seqlens, 2 * num_pairs))
     ratios = logps if ref_logps is None else logps - ref_logps

@@ -185,10 +185,11 @@ def tail_oracle(
     group_ids: torch.Tensor, pair_weights: torch.Tensor | None, groups: int,
     *, loss_type: str, beta: float, label_smoothing: float, length_normalize: bool,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Everything the tail writes, in float64, one pair at a time; slopes by autograd."""
+    """Everything the tail writes, in float64 from the sums on, one pair at a time; slopes by autograd."""
     bounds, pairs = cu_seqlens.tolist(), group_ids.numel()
     spans = [slice(a, b) for a, b in itertools.pairwise(bounds)]
-    logps = torch.stack([token_logps[span].double().sum() for span in spans])
+    # The sum is rounded once, to the dtype of the tokens, as the boundary has it.
+    logps = torch.stack([token_logps[span].double().sum() for span in spans]).to(token_logps.dtype).double()
     lengths = torch.tensor([float((targets[span] != IGNORE_INDEX).sum()) for span in spans], dtype=torch.float64)
     ratios = logps - ref_logps if ref_logps is not None else logps
     if length_normalize:

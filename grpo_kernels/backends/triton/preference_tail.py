@@ -84,7 +84,9 @@ def _value_and_slope(margin, beta, smoothing, LOSS_TYPE: tl.constexpr):
         else:  # robust: unbiased under labels flipped with probability `smoothing`
             a = (1 - smoothing) / (1 - 2 * smoothing)
             b = -smoothing / (1 - 2 * smoothing)
-        value = a * _softplus(-x) + b * _softplus(x)
+        # Not 0 * softplus: a rejected reply that is impossible has softplus(x) = inf.
+        other = tl.where(b == 0, 0.0, b * _softplus(x))
+        value = a * _softplus(-x) + other
         slope = beta * (b * _sigma(x) - a * _sigma(-x))
     return value, slope
 
@@ -152,8 +154,10 @@ def preference_tail_kernel(
                                           length, ignore_index, BLOCK_PAIRS, BLOCK_TOKENS)  # fmt: skip
         logp_l, length_l = _sequence_sums(token_logps_ptr, targets_ptr, cu_seqlens_ptr, lengths_ptr, lose, inside,
                                           length, ignore_index, BLOCK_PAIRS, BLOCK_TOKENS)  # fmt: skip
-        ratio_w = logp_w
-        ratio_l = logp_l
+        # Rounded first, as the reference was: a policy that equals it has margin 0 to the bit.
+        dtype = policy_logps_ptr.dtype.element_ty
+        ratio_w = logp_w.to(dtype).to(tl.float64)
+        ratio_l = logp_l.to(dtype).to(tl.float64)
         if ref_logps_ptr is not None:
             ratio_w -= tl.load(ref_logps_ptr + pair, mask=inside, other=0.0)
             ratio_l -= tl.load(ref_logps_ptr + lose, mask=inside, other=0.0)
@@ -170,7 +174,6 @@ def preference_tail_kernel(
 
         if block == 0:
             known = (group_id >= 0) & (group_id < num_groups)
-            dtype = policy_logps_ptr.dtype.element_ty
             tl.store(policy_logps_ptr + pair, logp_w.to(dtype), mask=inside)
             tl.store(policy_logps_ptr + lose, logp_l.to(dtype), mask=inside)
             if targets_ptr is not None:
