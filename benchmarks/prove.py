@@ -104,7 +104,7 @@ def describe_software() -> dict[str, object]:
         "cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
         "commit": _git("rev-parse", "HEAD")
-        + ("+changes" if _git("status", "--porcelain", "csrc", "grpo_kernels/backends") else ""),
+        + ("+changes" if _git("status", "--porcelain", "--untracked-files=no", "csrc", "grpo_kernels/backends") else ""),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
 
