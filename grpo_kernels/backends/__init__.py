@@ -31,8 +31,9 @@ module with these names; it holds no state and allocates nothing of the size of 
 margins, losses, slopes, group_sums, group_counts, *, loss_type, beta, label_smoothing, length_normalize,
 ignore_index)``
     From token log-probabilities to losses and slopes, in one launch and in a fixed order of reduction.
-    2B sequences, the B chosen first.  Sums over tokens and the margin are taken in float64: a reply's logp
-    is in the hundreds, a margin near 0, and float32 would lose the difference.
+    2B sequences, the B chosen first.  Sums over tokens are taken in float64 and rounded once, to the dtype of
+    token_logps; the margin is the float64 difference of those.  So a policy that equals its reference, which was
+    rounded the same way, has margin 0 and loss log 2 to the bit.
 
     - token_logps  (rows,) float32 or float64, contiguous, 0 where ignored
     - targets      (rows,) int64, or None: then ``lengths`` is read instead of written
