@@ -60,8 +60,9 @@ def cpu_build():
     objects = [("bindings_cpu.cpp", "bindings.o", "cxx", x86)]
     objects += [(f"cpu/{name}.cpp", f"{name}.o", "cxx", x86) for name in ("isa", "preference_tail")]
     for isa, flags in ISAS.items():
-        table = f"{x86} {flags} -DGRPO_TABLE=kTokenLogps{isa}"
-        objects.append(("cpu/token_logps.cpp", f"token_logps_{isa.lower()}.o", "cxx", table))
+        for source, table in (("token_logps", "kTokenLogps"), ("head_tile", "kHeadTile")):
+            named = f"{x86} {flags} -DGRPO_TABLE={table}{isa}"
+            objects.append((f"cpu/{source}.cpp", f"{source}_{isa.lower()}.o", "cxx", named))
     return objects
 
 

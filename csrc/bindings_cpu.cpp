@@ -58,26 +58,31 @@ void token_logps_bwd(int dtype, Address logits, int64_t sequences, int64_t lengt
                           threads});
 }
 
-Tile tile_of(int dtype, int64_t rows, int64_t words, int64_t start, Address logits, int64_t stride, Address bias,
-             Address targets, float softcap, float logit_scale, int threads) {
-  return {dtype_of(dtype), rows,    words,       start, at<void>(logits), stride, at<float>(bias), at<int64_t>(targets),
-          softcap,         logit_scale, threads};
+void head_tile_fwd(int dtype, Address logits, int64_t rows, int64_t words, int64_t stride, Address bias,
+                   Address targets, Address top, Address rest, Address picked, Address factor, Address exps,
+                   int64_t exps_stride, float exps_scale, int64_t start, float softcap, float logit_scale,
+                   int threads) {
+  head_tile().forward({{dtype_of(dtype), rows, words, start, at<void>(logits), stride, at<float>(bias),
+                        at<int64_t>(targets), softcap, logit_scale, threads},
+                       at<float>(top),
+                       at<float>(rest),
+                       at<float>(picked),
+                       at<float>(factor),
+                       at<void>(exps),
+                       exps_stride,
+                       exps_scale});
 }
 
-void head_tile_fwd(int dtype, int64_t rows, int64_t words, int64_t start, Address logits, int64_t stride, Address bias,
-                   Address targets, float softcap, float logit_scale, int threads, Address top, Address rest,
-                   Address picked, Address factor, Address exps, int64_t exps_stride, float exps_scale) {
-  head_tile().forward(
-      {tile_of(dtype, rows, words, start, logits, stride, bias, targets, softcap, logit_scale, threads),
-       at<float>(top), at<float>(rest), at<float>(picked), at<float>(factor), at<void>(exps), exps_stride, exps_scale});
-}
-
-void head_tile_bwd(int dtype, int64_t rows, int64_t words, int64_t start, Address logits, int64_t stride, Address bias,
-                   Address targets, float softcap, float logit_scale, int threads, Address top, Address scale,
-                   Address at_target, Address grads, int64_t grads_stride) {
-  head_tile().backward(
-      {tile_of(dtype, rows, words, start, logits, stride, bias, targets, softcap, logit_scale, threads),
-       at<float>(top), at<float>(scale), at<float>(at_target), at<void>(grads), grads_stride});
+void head_tile_bwd(int dtype, Address logits, int64_t rows, int64_t words, int64_t stride, Address bias,
+                   Address targets, Address top, Address scale, Address at_target, Address grads, int64_t grads_stride,
+                   int64_t start, float softcap, float logit_scale, int threads) {
+  head_tile().backward({{dtype_of(dtype), rows, words, start, at<void>(logits), stride, at<float>(bias),
+                         at<int64_t>(targets), softcap, logit_scale, threads},
+                        at<float>(top),
+                        at<float>(scale),
+                        at<float>(at_target),
+                        at<void>(grads),
+                        grads_stride});
 }
 
 void tail(bool float64, int64_t rows, int64_t pairs, int64_t groups, Address token_logps, Address targets,

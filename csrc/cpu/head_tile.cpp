@@ -50,9 +50,26 @@ inline void store_some(T* out, Vec a, int64_t n) {
   memcpy(out, padded, n * sizeof(T));
 }
 
-// tanh x = expm1(2x) / (expm1(2x) + 2), which keeps the digits of a small x.
+// exp x - 1 for |x| <= 80, with the digits of a small x: the exponential of simd.h, its last + 1 left off.
+inline Vec expm1(Vec x) {
+  const Vec magic = broadcast(12582912.0f), one = broadcast(1.0f);
+  const Vec n = multiply_add(x, broadcast(1.44269504f), magic) - magic;
+  Vec r = negative_multiply_add(n, broadcast(0.693359375f), x);
+  r = negative_multiply_add(n, broadcast(-2.12194440e-4f), r);
+  Vec p = broadcast(0.00138145406f);
+  p = multiply_add(p, r, broadcast(0.00836874545f));
+  p = multiply_add(p, r, broadcast(0.041668389f));
+  p = multiply_add(p, r, broadcast(0.166665211f));
+  p = multiply_add(p, r, broadcast(0.49999994f));
+  p = multiply_add(p, r * r, r);
+  return scale_by_power_of_two(p, n) + (scale_by_power_of_two(one, n) - one);
+}
+
+// tanh x = expm1(2x) / (expm1(2x) + 2); beyond |x| = 20 it is 1 to the last bit.
 inline Vec tanh(Vec x) {
-  const Vec e = expm1(min_keeping_nan_of_second(broadcast(40.0f), x + x));
+  const Vec low = broadcast(-40.0f), minus = broadcast(-1.0f);
+  const Vec bounded = minus * max_keeping_nan_of_second(low, minus * max_keeping_nan_of_second(low, x + x));
+  const Vec e = expm1(bounded);
   return e / (e + broadcast(2.0f));
 }
 

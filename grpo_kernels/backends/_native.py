@@ -102,6 +102,66 @@ def tail_arguments(
     )  # fmt: skip
 
 
+def tile_fwd_arguments(
+    device: torch.device,
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    top: torch.Tensor,
+    rest: torch.Tensor,
+    picked: torch.Tensor,
+    factor: torch.Tensor,
+    exps: torch.Tensor | None,
+) -> tuple:
+    """The arguments of ``head_tile_fwd`` up to the options."""
+    rows, f32 = logits.shape[0], torch.float32
+    return (
+        *_tile(logits, bias, targets, device),
+        _vector("top", top, rows, f32, device), _vector("rest", rest, rows, f32, device),
+        _vector("picked", picked, rows, f32, device), _vector("factor", factor, rows, f32, device),
+        *((0, 0) if exps is None else _like_tile("exps", exps, logits, device)),
+    )  # fmt: skip
+
+
+def tile_bwd_arguments(
+    device: torch.device,
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    top: torch.Tensor,
+    scale: torch.Tensor,
+    at_target: torch.Tensor,
+    grads: torch.Tensor,
+) -> tuple:
+    """The arguments of ``head_tile_bwd`` up to the options."""
+    rows, f32 = logits.shape[0], torch.float32
+    return (
+        *_tile(logits, bias, targets, device),
+        _vector("top", top, rows, f32, device), _vector("scale", scale, rows, f32, device),
+        _vector("at_target", at_target, rows, f32, device), *_like_tile("grads", grads, logits, device),
+    )  # fmt: skip
+
+
+def _tile(logits: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, device: torch.device) -> tuple:
+    code, (_, rows, words), stride = _block("logits", logits.unsqueeze(0), device)
+    return (
+        code, logits.data_ptr(), rows, words, stride[1],
+        0 if bias is None else _vector("bias", bias, words, torch.float32, device),
+        _vector("targets", targets, rows, torch.int64, device),
+    )  # fmt: skip
+
+
+def _like_tile(name: str, tensor: torch.Tensor, logits: torch.Tensor, device: torch.device) -> tuple[int, int]:
+    """Address and row stride of what a tile operation writes."""
+    if tensor.dtype is not logits.dtype or tensor.shape != logits.shape:
+        raise ValueError(
+            f"{name} must be like logits, {tuple(logits.shape)} {logits.dtype}, "
+            f"got {tuple(tensor.shape)} {tensor.dtype}"
+        )
+    _, _, stride = _block(name, tensor.unsqueeze(0), device)
+    return tensor.data_ptr(), stride[1]
+
+
 def _block(name: str, tensor: torch.Tensor, device: torch.device) -> tuple[int, torch.Size, tuple[int, ...]]:
     """Dtype code, shape (S, T, V) and strides, or an error that says what came."""
     code, shape = DTYPES.get(tensor.dtype), tensor.shape

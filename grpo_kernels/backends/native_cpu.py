@@ -10,7 +10,14 @@ from __future__ import annotations
 
 import torch  # before _cpu, so that both share one OpenMP runtime and torch's threads
 
-from ._native import DTYPES, backward_arguments, forward_arguments, tail_arguments
+from ._native import (
+    DTYPES,
+    backward_arguments,
+    forward_arguments,
+    tail_arguments,
+    tile_bwd_arguments,
+    tile_fwd_arguments,
+)
 
 try:
     from .. import _cpu
@@ -94,3 +101,41 @@ def preference_tail(
     )  # fmt: skip
     options = (loss_type, beta, label_smoothing, length_normalize, ignore_index)
     _cpu.preference_tail(*arguments, *options, torch.get_num_threads())
+
+
+def head_tile_fwd(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    top: torch.Tensor,
+    rest: torch.Tensor,
+    picked: torch.Tensor,
+    factor: torch.Tensor,
+    exps: torch.Tensor | None,
+    *,
+    start: int,
+    softcap: float,
+    logit_scale: float,
+    shift: float,
+) -> None:
+    """Carry (top, rest, picked) past one tile and write its exponentials; see ``backends.__doc__``."""
+    arguments = tile_fwd_arguments(_CPU, logits, bias, targets, top, rest, picked, factor, exps)
+    _cpu.head_tile_fwd(*arguments, 2.0**-shift, start, softcap, logit_scale, torch.get_num_threads())
+
+
+def head_tile_bwd(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    top: torch.Tensor,
+    scale: torch.Tensor,
+    at_target: torch.Tensor,
+    grads: torch.Tensor,
+    *,
+    start: int,
+    softcap: float,
+    logit_scale: float,
+) -> None:
+    """The gradient of one tile of the GEMM's output; see ``backends.__doc__``."""
+    arguments = tile_bwd_arguments(_CPU, logits, bias, targets, top, scale, at_target, grads)
+    _cpu.head_tile_bwd(*arguments, start, softcap, logit_scale, torch.get_num_threads())
