@@ -160,7 +160,7 @@ def draw(runs: Sequence[Curves], heading: str | None = None) -> Any:
         rows = (
             ("held-out loss", run.loss, run.mean_loss, worst),
             ("held-out accuracy", run.accuracy, run.mean_accuracy, run.least_accurate_group),
-            ("group weight α", run.alpha, None, worst),  # noqa: RUF001
+            ("group weight α", run.alpha, None, worst),
         )
         for row, (label, curves, mean, thick) in enumerate(rows):
             axis = axes[row][column]

@@ -40,9 +40,12 @@ class RunDirectory:
         refuse_existing(self.path, overwrite=overwrite, resume=resume)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.path / LOCK)
-        if overwrite:
-            for name in _OURS:
+        for name in _OURS:
+            if overwrite:
                 remove(self.path / name)
+            # What a process that was killed had not finished; nobody else writes here while the lock is held.
+            for unfinished in self.path.glob(f".{name}.*.tmp"):
+                remove(unfinished)
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name

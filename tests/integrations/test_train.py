@@ -22,6 +22,15 @@ from grpo_kernels.trainer.run_directory import RunDirectory
 pytest.importorskip("transformers")
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These models are too small to share out, and threads that wait for each other are slow on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def last(config):
     checkpoint = load_latest(Path(config.run_dir) / "checkpoints")
     assert checkpoint is not None
@@ -228,9 +237,11 @@ def test_an_existing_run_is_refused_and_overwriting_leaves_what_is_not_a_runs(tm
         train(replace(config, seed=1))
     assert (Path(config.run_dir) / "summary.json").read_bytes() == before
     (Path(config.run_dir) / "notes.txt").write_text("mine")
+    (Path(config.run_dir) / ".final.123.tmp").mkdir()  # as a process leaves it that was killed
     train(replace(config, seed=1, overwrite=True))
     assert json.loads((Path(config.run_dir) / "summary.json").read_text())["seed"] == 1
     assert (Path(config.run_dir) / "notes.txt").read_text() == "mine"
+    assert not (Path(config.run_dir) / ".final.123.tmp").exists()
 
 
 def test_two_runs_in_one_folder_refuse_each_other(tmp_path):
@@ -305,6 +316,16 @@ def test_warming_up_raises_the_chosen_replies_and_freezes_the_reference_after(tm
     assert kinds == ["supervised"] * 6 + ["train", "eval"]
     # The policy starts at the reference, so the loss of the first step is log 2.
     assert lines(warm.run_dir)[-2]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+
+
+@pytest.mark.parametrize("projection", ["start", "origin"])
+def test_every_iterate_stays_in_the_ball(tmp_path, projection):
+    config = tiny_config(tmp_path, optim=OptimConfig(lr=1e-2, projection=projection, projection_radius=0.3))
+    train(config)
+    parts = last(config).parts
+    start = parts["start"] if projection == "start" else dict.fromkeys(parts["model"], 0.0)
+    squares = [(tensor - start[name]).double().square().sum() for name, tensor in parts["model"].items()]
+    assert float(sum(squares)) ** 0.5 == pytest.approx(0.3, rel=1e-5)
 
 
 def test_group_weights_are_told_how_the_sampler_draws(tmp_path):
