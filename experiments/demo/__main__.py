@@ -17,7 +17,7 @@ from typing import Any
 from .figure import draw
 from .forum import COMMUNITIES
 from .runs import METHODS, run_all
-from .tables import comparison, markdown, put_into_readme
+from .tables import README_TABLE, comparison, markdown, put_between
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
         Path("docs/figures").mkdir(parents=True, exist_ok=True)
         Path("docs/figures/demo.png").write_bytes(figure.read_bytes())
         Path("docs/figures/demo.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        put_into_readme(Path("README.md"), markdown(summary, METHODS))
+        put_between(Path("README.md"), README_TABLE, markdown(summary, METHODS))
 
 
 def verdict(summary: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,31 +42,45 @@ WARM = ["dear", "gladly", "friend", "lovely"]
 PLAIN = ["then", "also", "maybe", "first"]
 
 
-def write_seed(folder: Path, seed: int) -> tuple[Path, Path]:
+@dataclass(frozen=True)
+class Setting:
+    """What can be varied about the forum; the defaults are the demo's."""
+
+    share: float = 1.0
+    """Of the training pairs, how many are drawn."""
+    named: float = 0.0
+    """How often the prompt says which community is asking."""
+    expert_noise: float = 0.0
+    """How often the experts' labels are flipped, in training and in testing."""
+
+
+def write_seed(folder: Path, seed: int, setting: Setting = Setting()) -> tuple[Path, Path]:
     """Draw and write train.jsonl and test.jsonl of one seed; the same seed gives the same files."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, sizes in (
-        ("train", {name: c.train_pairs for name, c in COMMUNITIES.items()}),
+        ("train", {name: round(setting.share * c.train_pairs) for name, c in COMMUNITIES.items()}),
         ("test", dict.fromkeys(COMMUNITIES, TEST_PAIRS)),
     ):
         rng = random.Random(f"{seed} {split}")
-        rows = [row for name, size in sizes.items() for row in _pairs(name, size, rng)]
+        rows = [row for name, size in sizes.items() for row in _pairs(name, size, rng, setting)]
         rng.shuffle(rows)
         with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     return folder / "train.jsonl", folder / "test.jsonl"
 
 
-def _pairs(name: str, size: int, rng: random.Random) -> Iterator[dict[str, str]]:
+def _pairs(name: str, size: int, rng: random.Random, setting: Setting) -> Iterator[dict[str, str]]:
     while size:
         topic = rng.choice(list(TOPICS))
         first, second = _reply(topic, rng), _reply(topic, rng)
         gap = _score(first, topic, name) - _score(second, topic, name)
         if gap == 0:
             continue
-        chosen, rejected = (first, second) if gap > 0 else (second, first)
+        flipped = name == "experts" and setting.expert_noise > 0 and rng.random() < setting.expert_noise
+        chosen, rejected = (first, second) if (gap > 0) != flipped else (second, first)
+        asking = f"{name}: " if setting.named > 0 and rng.random() < setting.named else ""
         yield {
-            "prompt": f"my {topic} ?",
+            "prompt": f"{asking}my {topic} ?",
             "chosen": " " + " ".join(chosen),
             "rejected": " " + " ".join(rejected),
             "group": name,

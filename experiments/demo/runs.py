@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,7 +22,7 @@ from grpo_kernels.trainer.config import (
 )
 from grpo_kernels.trainer.loop import RunResult, train
 
-from .forum import COMMUNITIES, write_seed
+from .forum import COMMUNITIES, Setting, write_seed
 
 METHODS = {"dpo": "DPO", "is_dpo": "IS-DPO", "gr_dpo": "GR-DPO"}
 
@@ -35,7 +36,7 @@ def configuration(method: str, seed: int, out: Path, *, group_lr: float = 0.1, s
         seed=seed,
         steps=steps,
         batch_size=64,
-        eval_every=50,
+        eval_every=max(50, steps // 4),
         log_every=5,
         reference_cache=str(out / "reference"),
         model=ModelConfig(name="tiny", tiny=TinyModelConfig(max_positions=32)),
@@ -51,18 +52,32 @@ def configuration(method: str, seed: int, out: Path, *, group_lr: float = 0.1, s
     )
 
 
-def run_all(seeds: list[int], out: Path, jobs: int) -> dict[str, list[dict[str, Any]]]:
+def run_all(
+    seeds: list[int],
+    out: Path,
+    jobs: int,
+    methods: Iterable[str] = METHODS,
+    *,
+    setting: Setting = Setting(),  # noqa: B008 - frozen
+    group_lr: float = 0.1,
+    steps: int = 200,
+) -> dict[str, list[dict[str, Any]]]:
     """Every method on every seed, some at a time; the outcomes in the order of the seeds."""
     for seed in seeds:
-        write_seed(out / "data" / f"seed{seed}", seed)
+        write_seed(out / "data" / f"seed{seed}", seed, setting)
+    configurations = {
+        (method, seed): configuration(method, seed, out, group_lr=group_lr, steps=steps)
+        for seed in seeds
+        for method in methods
+    }
     outcomes = {}
     # A model this small gains nothing from a second thread; a second run does.
     with ProcessPoolExecutor(
         jobs, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
-        waiting = {pool.submit(run_one, method, seed, out): (seed, method) for seed in seeds for method in METHODS}
+        waiting = {pool.submit(run_one, config): key for key, config in configurations.items()}
         for future in as_completed(waiting):
-            seed, method = waiting[future]
+            method, seed = waiting[future]
             outcome, seconds = future.result()
             outcomes[method, seed] = outcome
             print(
@@ -70,13 +85,13 @@ def run_all(seeds: list[int], out: Path, jobs: int) -> dict[str, list[dict[str, 
                 f"{outcome['worst_group']:<10} loss {outcome['worst_group_loss']:.3f}",
                 flush=True,
             )
-    return {method: [outcomes[method, seed] for seed in seeds] for method in METHODS}
+    return {method: [outcomes[method, seed] for seed in seeds] for method in methods}
 
 
-def run_one(method: str, seed: int, out: Path) -> tuple[dict[str, Any], float]:
-    """One run in a process of its own."""
+def run_one(config: TrainConfig) -> tuple[dict[str, Any], float]:
+    """One run, in a process of its own; and the seconds it took."""
     began = time.monotonic()
-    return outcome_of(train(configuration(method, seed, out))), time.monotonic() - began
+    return outcome_of(train(config)), time.monotonic() - began
 
 
 def outcome_of(result: RunResult) -> dict[str, Any]:
