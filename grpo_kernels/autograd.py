@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import linear_head
+from . import linear_ops
 from .backends import Backend
+from .linear_plan import Call
 
 
 def _differentiable_once(backward: Any) -> Any:
@@ -79,37 +80,63 @@ class LinearTokenLogps(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         targets: torch.Tensor,
-        call: linear_head.Call,
-        backend: Backend,
+        call: Call,
+        backend: str,
     ) -> torch.Tensor:
         """(rows, H), (V, H), (V,) and (rows,) int64 → (rows,)."""
         needs = tuple(call.grad and need for need in ctx.needs_input_grad[:3])
-        with torch.autocast(hidden.device.type, enabled=False):  # call.dtype has heard it already
-            logps, index, right, *saved = linear_head.token_logps_fwd(
-                hidden, weight, bias, targets, needs, call, backend
-            )
-        again = (hidden, weight, bias, targets) if needs[1] or needs[2] else (None,) * 4
-        ctx.save_for_backward(*again, index, right, *saved)
+        logps, *saved = linear_ops.forward(hidden, weight, bias, targets, needs, call, backend)
+        if not (needs[1] or needs[2]):
+            # Backward will ask for shape and dtype only; what it saves must not keep a frozen head's inputs alive.
+            ctx.save_for_backward(hidden.new_empty(()).expand(hidden.shape), None, None, None, *saved)
+        else:
+            ctx.save_for_backward(hidden, weight, bias, targets, *saved)
         ctx.needs, ctx.call, ctx.backend = needs, call, backend
-        ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
         return logps
 
     @staticmethod
     @_differentiable_once
     def backward(ctx: Any, grad_logps: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, targets, index, right, *saved = ctx.saved_tensors
-        grad_hidden = grad_weight = grad_bias = None
-        with torch.autocast(grad_logps.device.type, enabled=False):
-            c = grad_logps[index]
-            if right is not None:
-                c = c.masked_fill(~right, torch.nan)
-            if ctx.needs[0]:
-                grad_hidden = linear_head.hidden_gradient(c, saved[0], index, ctx.shape, ctx.dtype)
-            if ctx.needs[1] or ctx.needs[2]:
-                grad_weight, grad_bias = linear_head.weight_gradient(
-                    c, hidden, weight, bias, targets, index, linear_head.Saved(*saved), ctx.needs, ctx.call, ctx.backend
-                )
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+        grads = linear_ops.backward(
+            grad_logps, hidden, weight, bias, targets, index, right, saved, ctx.needs, ctx.call, ctx.backend
+        )
+        return (*grads, None, None, None)
+
+
+def _save_compiled(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
+    hidden, weight, bias, targets, needs, *call = inputs
+    ctx.save_for_backward(hidden, weight, bias, targets, *output[1:])
+    ctx.needs, ctx.call = needs, call
+
+
+def _backward_compiled(ctx: Any, grads: list[torch.Tensor]) -> tuple[Any, ...]:
+    hidden, weight, bias, targets, index, right, *saved = ctx.saved_tensors
+    results = linear_ops.linear_token_logps_bwd(
+        grads[0], hidden, weight, bias, targets, index, right, saved, ctx.needs, *ctx.call
+    )
+    results = [grad if need else None for grad, need in zip(results, ctx.needs, strict=True)]
+    return (*results, None, None, *(None for _ in ctx.call))
+
+
+linear_ops.linear_token_logps_fwd.register_autograd(_backward_compiled, setup_context=_save_compiled)
+
+
+def linear_token_logps(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    call: Call,
+    backend: str,
+) -> torch.Tensor:
+    """:class:`LinearTokenLogps`, or under ``torch.compile`` the operators that do the same."""
+    if not torch.compiler.is_compiling():
+        return LinearTokenLogps.apply(hidden, weight, bias, targets, call, backend)
+    needs = [call.grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    return linear_ops.linear_token_logps_fwd(
+        hidden, weight, bias, targets, needs, *linear_ops.flat(call), backend
+    )[0]  # fmt: skip
 
 
 class PreferenceTail(torch.autograd.Function):

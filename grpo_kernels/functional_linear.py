@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .autograd import LinearTokenLogps, SequenceSum
-from .backends import Backend, choose
+from . import autograd
+from .autograd import SequenceSum
 from .checks import check_cu_seqlens, check_device, check_integers, check_loss_settings, check_pairs, describe
 from .functional import _checked_targets, _Pairs, _tail
 from .group_weights import GroupWeights
+from .linear_ops import tile_backend
 from .linear_plan import Call
 from .ops import pick
-from .types import IGNORE_INDEX, LOSS_TYPES, GroupLossOutput, LossType, UnavailableBackendError
+from .types import IGNORE_INDEX, LOSS_TYPES, GroupLossOutput, LossType
 
 
 def fused_linear_grpo_loss(
@@ -193,9 +194,10 @@ def _token_rows(
         dtype, ignore_index, head.num_labelled, head.memory_budget, float(head.softcap or 0), float(head.logit_scale),
         torch.is_grad_enabled(),
     )  # fmt: skip
-    chosen = _tile_backend(backend, hidden.device, dtype)
+    if not torch.compiler.is_compiling():
+        tile_backend(backend, hidden.device, dtype)  # raises before anything is computed
     flat = hidden.reshape(-1, hidden.shape[-1])
-    return LinearTokenLogps.apply(flat, weight, head.bias, targets, call, chosen), targets
+    return autograd.linear_token_logps(flat, weight, head.bias, targets, call, backend), targets
 
 
 def _gemm_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
@@ -204,16 +206,6 @@ def _gemm_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
     if dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return dtype
-
-
-def _tile_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend that will run the tile operations; plain PyTorch under "auto" where the first choice has none."""
-    chosen = choose(name, device, dtype)
-    if hasattr(chosen, "head_tile_fwd"):
-        return chosen
-    if name != "auto":
-        raise UnavailableBackendError(f"backend={name!r} cannot be used here: it has no tile operations for the head")
-    return choose("torch", device, dtype)
 
 
 def _check_inputs(hidden: Any, weight: Any, labels: Any, cu_seqlens: Any, head: _Head) -> int:

@@ -127,10 +127,11 @@ def weight_gradient(
         else:
             # dW = E^T (diag(c) h): the factor of a row goes to h, which is narrower than the tile.
             kept_tiles -= 1
-            row_scale, x_tile = -c * saved.kept_scale[kept_tiles], scaled
+            row_scale = -c * saved.kept_scale[kept_tiles]
             grads = _kept_tile(saved.kept, tile, plan.rows)
             if scaled is not None:
                 _scale_rows(x, row_scale, scaled)
+                x_tile = scaled
         words = slice(tile.start, tile.stop)
         if grad_weight is not None:
             _mm_into(grads.t(), x_tile, grad_weight[words])
