@@ -11,7 +11,7 @@ matplotlib.use("Agg")  # files only, so a display is never looked for
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, ScalarFormatter
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter, NullLocator
 
 from .corrections import VARIANTS
 from .data import FEATURES, SCENARIOS
@@ -62,7 +62,7 @@ def draw_all(study: dict[str, Any], folder: Path) -> list[Path]:
 
 def _line(axes, x, y, spread, style: int, label: str | None = None) -> None:
     y, spread = np.asarray(y), np.asarray(spread)
-    axes.fill_between(x, y - spread, y + spread, color=COLOURS[style], alpha=0.16, linewidth=0)
+    axes.fill_between(x, y - spread, y + spread, color=COLOURS[style], alpha=0.14, linewidth=0)
     axes.plot(x, y, color=COLOURS[style], dashes=DASHES[style] or (None, None), label=label)
 
 
@@ -149,6 +149,7 @@ def _saddle(study: dict[str, Any]) -> plt.Figure:
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlim(1, steps[-1])
+        axes.set_ylim(1e-7, 1)  # scenario i goes on to rounding, which nobody needs to see
         axes.set_xlabel("iteration")
         axes.set_title(f"scenario {scenario}")
     grid[0].set_ylabel("furthest group's distance\nfrom the saddle point's loss")
@@ -175,7 +176,7 @@ def _rate(rate: dict[str, Any]) -> plt.Figure:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("steps T of one sampled pair each")
     axes.set_ylabel("duality gap")
@@ -187,14 +188,20 @@ def _corrections(found: dict[str, Any]) -> plt.Figure:
     """The worst validation loss under each set of signs."""
     figure, axes = plt.subplots(figsize=(4.6, 3.4))
     order = (ROBUST, 1, 0, 3)  # the right one looks as it does everywhere else
-    for name, style in zip(VARIANTS, order, strict=True):
+    labels = (
+        "as corrected",
+        r"$\alpha$ fed with $+\log\,\sigma$",
+        r"gradient factor $+\beta\sigma(+\beta m)$",
+        "both, taken literally",
+    )
+    for name, label, style in zip(VARIANTS, labels, order, strict=True):
         curve = found["variants"][name]
-        _line(axes, found["iterations"], curve["mean"], 2 * np.array(curve["sem"]), style, name)
+        _line(axes, found["iterations"], curve["mean"], 2 * np.array(curve["sem"]), style, label)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(1, found["iterations"][-1])
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("iteration")
     axes.set_ylabel("max validation group loss")

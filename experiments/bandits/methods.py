@@ -38,7 +38,7 @@ class Family(NamedTuple):
 
 DPO = Family(("DPO", "IS-DPO", "GR-DPO"), "sigmoid", 1.0, 0.9, 0.5, 10_000)
 IPO = Family(("IPO", "IS-IPO", "GR-IPO"), "ipo", 0.1, None, 0.01, 100)
-IPO_GRADIENT = Family(("IPO (gradient)", "IS-IPO (gradient)", "GR-IPO (gradient)"), "ipo", 0.1, 1.0, 0.01, 10_000)
+IPO_GRADIENT = Family(("IPO (gradient)", "IS-IPO (gradient)", "GR-IPO (gradient)"), "ipo", 0.1, 1.0, 0.01, 4_000)
 """The paper gives no step size here: 1 is a third of what the steepest direction bears."""
 
 
@@ -56,7 +56,7 @@ class History(NamedTuple):
     """(R, S, G) the robust method's group weights."""
 
 
-def record_points(iterations: int, points: int = 80) -> list[int]:
+def record_points(iterations: int, points: int = 60) -> list[int]:
     """Iterations at which to look, evenly on a log scale, the last one among them."""
     return sorted({round(iterations ** (k / (points - 1))) for k in range(points)})
 

@@ -14,6 +14,7 @@ from .corrections import study_corrections
 from .data import FEATURES, SCENARIOS, make_bandit
 from .methods import DPO, IPO, IPO_GRADIENT, ROBUST, Family, History, train
 from .metrics import evaluate, headlines, report
+from .objective import GroupObjective
 from .optimum import saddle_points
 from .rate import horizons, study_rate
 
@@ -44,10 +45,9 @@ def run_full_cell(features: str, scenario: str, seeds: tuple[int, ...]) -> dict[
         history = train(bandit, family)
         final.update(_report(bandit, family, history.theta[-1], history.coefficients[-1]))
         averaged.update(_report(bandit, family, history.average[-1], history.coefficients[-1]))
-        if features == "swapped":
+        if features == "swapped" and family is not IPO_GRADIENT:
             answer["curves"][name] = _curves(bandit, family, history)
-            if name != "ipo_gradient":
-                answer["saddle"][name] = _against_saddle(bandit, family, history)
+            answer["saddle"][name] = _against_saddle(bandit, family, history)
     return answer
 
 
@@ -75,12 +75,8 @@ def _against_saddle(bandit, family: Family, history: History) -> dict[str, Any]:
     """The robust method's training losses beside the saddle point's, seed by seed and over iterations."""
     saddle = saddle_points(bandit.train, bandit.train_sizes, family.loss_type, family.beta)
     value = saddle.group_losses.amax(dim=1)
-    losses = torch.stack(
-        [
-            evaluate(bandit, theta[:, ROBUST:], family.loss_type, family.beta)["train_group_loss"][:, 0]
-            for theta in history.theta
-        ]
-    )  # (R, S, G)
+    objective = GroupObjective(bandit.train, bandit.train_sizes, 1, family.loss_type, family.beta)
+    losses = torch.stack([objective.losses(theta[:, ROBUST:])[:, 0] for theta in history.theta])  # (R, S, G)
     away = (losses - value.view(1, -1, 1)).abs().amax(dim=2)
     return {
         "iterations": history.iterations,
