@@ -66,7 +66,8 @@ def backward(
         c = grad_logps[index]
         if right is not None:
             c = c.masked_fill(~right, torch.nan)
-        fields, grads = linear_head.Saved(*saved), [None, None, None]
+        fields = linear_head.Saved(*saved)
+        grads: list[Any] = [None, None, None]
         if needs[0]:
             grads[0] = linear_head.hidden_gradient(c, fields.unit_grad, index, hidden.shape, hidden.dtype)
         if needs[1] or needs[2]:
