@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,15 @@ from .forum import COMMUNITIES, Setting, write_seed
 METHODS = {"dpo": "DPO", "is_dpo": "IS-DPO", "gr_dpo": "GR-DPO"}
 
 
-def configuration(method: str, seed: int, out: Path, *, group_lr: float = 0.1, steps: int = 200) -> TrainConfig:
-    """One run.  The three methods differ in ``groups.method`` alone."""
+def configuration(
+    method: str, seed: int, out: Path, *, group_lr: float = 0.1, steps: int = 200, start: Path | None = None
+) -> TrainConfig:
+    """One run.  The methods differ in ``groups.method`` alone.
+
+    The run without a ``start`` warms the embedded model up and leaves it in its folder ``start``; the others of the
+    seed begin there, which is where their own warm-up would have brought them.
+    """
+    model = ModelConfig(name="tiny", tiny=TinyModelConfig(max_positions=32))
     return TrainConfig(
         run_dir=str(out / f"{method}-seed{seed}"),
         overwrite=True,
@@ -39,7 +46,7 @@ def configuration(method: str, seed: int, out: Path, *, group_lr: float = 0.1, s
         eval_every=max(50, steps // 4),
         log_every=5,
         reference_cache=str(out / "reference"),
-        model=ModelConfig(name="tiny", tiny=TinyModelConfig(max_positions=32)),
+        model=model if start is None else ModelConfig(name=str(start)),
         data=DataConfig(
             train=str(out / "data" / f"seed{seed}" / "train.jsonl"),
             test=str(out / "data" / f"seed{seed}" / "test.jsonl"),
@@ -48,7 +55,7 @@ def configuration(method: str, seed: int, out: Path, *, group_lr: float = 0.1, s
         ),
         groups=GroupsConfig(method=method, group_lr=group_lr),  # type: ignore[arg-type]
         optim=OptimConfig(name="adamw", lr=2e-3, schedule="linear"),
-        supervised=SupervisedConfig(steps=150, batch_size=64, lr=3e-3),
+        supervised=SupervisedConfig(steps=0 if start else 150, batch_size=64, lr=3e-3),
     )
 
 
@@ -65,27 +72,37 @@ def run_all(
     """Every method on every seed, some at a time; the outcomes in the order of the seeds."""
     for seed in seeds:
         write_seed(out / "data" / f"seed{seed}", seed, setting)
-    configurations = {
-        (method, seed): configuration(method, seed, out, group_lr=group_lr, steps=steps)
-        for seed in seeds
-        for method in methods
-    }
-    outcomes = {}
-    # A model this small gains nothing from a second thread; a second run does.
-    with ProcessPoolExecutor(
-        jobs, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
-        waiting = {pool.submit(run_one, config): key for key, config in configurations.items()}
-        for future in as_completed(waiting):
-            method, seed = waiting[future]
-            outcome, seconds = future.result()
-            outcomes[method, seed] = outcome
-            print(
-                f"  seed {seed}  {METHODS[method]:<7} {seconds:5.1f} s   worst group "
-                f"{outcome['worst_group']:<10} loss {outcome['worst_group_loss']:.3f}",
-                flush=True,
-            )
+    first, *others = methods
+    outcomes: dict[tuple[str, int], dict[str, Any]] = {}
+    context = get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, initializer=_start_worker) as pool:
+
+        def submit(method: str, seed: int, start: Path | None = None) -> Future[tuple[dict[str, Any], float]]:
+            return pool.submit(run_one, configuration(method, seed, out, group_lr=group_lr, steps=steps, start=start))
+
+        running = {submit(first, seed): (first, seed) for seed in seeds}
+        while running:
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                method, seed = running.pop(future)
+                outcome, seconds = future.result()
+                outcomes[method, seed] = outcome
+                print(
+                    f"  seed {seed}  {METHODS[method]:<7} {seconds:5.1f} s   worst group "
+                    f"{outcome['worst_group']:<10} loss {outcome['worst_group_loss']:.3f}",
+                    flush=True,
+                )
+                if method == first:
+                    start = out / f"{first}-seed{seed}" / "start"
+                    running |= {submit(other, seed, start): (other, seed) for other in others}
     return {method: [outcomes[method, seed] for seed in seeds] for method in methods}
+
+
+def _start_worker() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)  # a model this small gains nothing from a second thread; a second run does
 
 
 def run_one(config: TrainConfig) -> tuple[dict[str, Any], float]:
