@@ -1,4 +1,4 @@
-# make demo | test | test-slow | lint | clean.  Everything runs in .venv, which the first target makes.
+# Everything runs in .venv, which the first target makes; `make` alone says what there is.
 #   PYTHON=python3.12 make demo     the interpreter that .venv is made with (3.10 or newer)
 #   TORCH=torch make test           another torch than the pinned one, a CUDA build say
 
@@ -12,7 +12,7 @@ PIP := $(PY) -m pip --quiet --disable-pip-version-check
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow paper lint format clean
+.PHONY: help demo test test-slow gpu-check paper lint format clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -25,6 +25,11 @@ test: $(VENV)/.dev ## the core tests, at most 8 minutes on two cores
 
 test-slow: $(VENV)/.dev ## real data, drawn cases, wheels, every GPU architecture
 	$(PY) -m pytest -q -m "slow or realdata" --durations 10
+
+OUT ?= runs/gpu-check
+# Uses the Python that is there, with its torch, and no network: a machine with a GPU is rarely one's own.
+gpu-check: ## on a machine with an NVIDIA GPU: build, GPU tests, sanitizer, benchmark rows; OUT=DIR
+	$(PYTHON) tools/gpu_check.py --out $(OUT)
 
 paper: $(VENV)/.train ## the paper's bandit study: docs/paper.md and docs/figures/
 	$(PY) -m experiments.bandits
