@@ -6,6 +6,8 @@ which the compiler takes as opaque: it sees which tensors they write, and fake k
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -95,5 +97,5 @@ class OperatorBackend:
 def pick(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     """The backend itself in eager mode, its operators under ``torch.compile``; raises as ``choose`` does."""
     if torch.compiler.is_compiling():
-        return OperatorBackend(name)
+        return cast(Backend, OperatorBackend(name))  # the head has operators of its own: linear_ops.py
     return choose(name, device, dtype)

@@ -20,7 +20,7 @@ from ._native import (
 )
 
 try:
-    from .. import _cpu
+    from .. import _cpu  # type: ignore[attr-defined]
 except ImportError as error:  # no C++ compiler when the package was installed
     _cpu = None
     _import_error = error

@@ -13,7 +13,7 @@ import torch  # before _cuda, so that its context is the one in use
 from ._native import DTYPES, backward_arguments, forward_arguments, tail_arguments
 
 try:
-    from .. import _cuda
+    from .. import _cuda  # type: ignore[attr-defined]
 except ImportError as error:  # no nvcc when the package was built
     _cuda = None
     _import_error = error

@@ -87,6 +87,9 @@ class LossConfig:
     beta: float = 0.1
     label_smoothing: float = 0.0
     length_normalize: bool = False
+    fused_head: bool = True
+    """Take the loss from hidden states and the LM head's weight, where the model is known to allow it; logits never
+    exist.  False: from the model's logits."""
     backend: str = "auto"
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .. import fused_grpo_loss, sequence_logps
 from .config import LossConfig
+from .scoring import group_loss, reply_logps
 
 
 @dataclass(frozen=True)
@@ -165,20 +165,15 @@ def frozen(model: torch.nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[Any]:
-    """Autocast to bfloat16 where asked for."""
-    return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
-
-
 def pair_logps(
     model: torch.nn.Module,
     dataset: Any,
     collate: Callable[[list[Any]], Mapping[str, torch.Tensor]],
     *,
+    loss: LossConfig,
     batch_size: int = 32,
     device: torch.device | str = "cpu",
     bf16: bool = False,
-    backend: str = "auto",
 ) -> torch.Tensor:
     """Summed log-probabilities of every reply of a data set, without gradients.
 
@@ -186,10 +181,10 @@ def pair_logps(
         model: causal language model, on ``device``.
         dataset: a :class:`~.data.PairDataset` of N pairs.
         collate: pairs → batch, a :class:`~.data.PreferenceCollator`.
+        loss: of it only the backend, and whether the head is fused.
         batch_size: pairs in one forward pass.
         device: where the batch goes.
         bf16: autocast the forward pass.
-        backend: as in :func:`grpo_kernels.fused_grpo_loss`.
 
     Returns:
         (N, 2) float32 on the CPU, chosen and rejected, in nats.
@@ -199,10 +194,7 @@ def pair_logps(
     with frozen(model):
         for indices in batches_by_length(dataset, batch_size):
             batch = collate([dataset.pairs[i] for i in indices])
-            ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-            with autocast(device, bf16):
-                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            sums = sequence_logps(logits, batch["labels"].to(device), backend=backend)
+            sums = reply_logps(model, {name: tensor.to(device) for name, tensor in batch.items()}, loss, bf16=bf16)
             logps[indices] = sums.view(2, -1).t().float().cpu()
     return logps
 
@@ -249,22 +241,8 @@ def evaluate(
         for indices in batches_by_length(dataset, batch_size):
             batch = collate([dataset.pairs[i] for i in indices])
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            with autocast(device, bf16):
-                logits = model(
-                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-                ).logits
-            out = fused_grpo_loss(
-                logits,
-                batch["labels"],
-                None if ref_logps is None else ref_logps[indices].t().reshape(-1).to(device),
-                batch["group_ids"],
-                even,
-                beta=loss.beta,
-                loss_type=loss.type,
-                label_smoothing=loss.label_smoothing,
-                length_normalize=loss.length_normalize,
-                backend=loss.backend,
-            )
+            reference = None if ref_logps is None else ref_logps[indices].t().reshape(-1).to(device)
+            out = group_loss(model, batch, reference, even, loss, bf16=bf16)
             losses[indices] = out.losses.double().cpu()
             margins[indices] = out.margins.double().cpu()
     group_ids = torch.tensor([pair.group_id for pair in dataset.pairs])

@@ -124,8 +124,8 @@ def evaluate_model(config: EvalConfig, groups: list[str] | None = None) -> Group
                 "its vocabulary is another"
             )
         ref_logps = pair_logps(
-            reference.to(device), dataset, collate, batch_size=config.batch_size, device=device, bf16=config.bf16,
-            backend=config.loss.backend,
+            reference.to(device), dataset, collate, loss=config.loss, batch_size=config.batch_size, device=device,
+            bf16=config.bf16,
         )  # fmt: skip
         del reference
     return evaluate(

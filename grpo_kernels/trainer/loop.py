@@ -9,18 +9,17 @@ from __future__ import annotations
 import random
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import GroupLossOutput, GroupWeights, fused_grpo_loss
+from .. import GroupLossOutput, GroupWeights
 from .checkpoint import clear_unfinished, load_latest, save_checkpoint, sorted_checkpoints
 from .config import TrainConfig
 from .data import PairDataset, PreferenceCollator, pair_texts, read_pairs, tokenize_pairs
-from .evaluate import GroupReport, autocast, evaluate
+from .evaluate import GroupReport, evaluate
 from .metrics import Metrics
 from .models import check_positions, load_policy
 from .optim import (
@@ -48,6 +47,7 @@ from .run_directory import (
     refuse_existing,
 )
 from .sampling import GroupSampler, make_sampler
+from .scoring import group_loss
 from .state import TrainState, check_resumable
 from .supervised import warm_up
 
@@ -107,39 +107,6 @@ def train(config: TrainConfig) -> RunResult:
     with RunDirectory(config.run_dir, overwrite=config.overwrite, resume=config.resume) as run:
         job = _Job(config, run, device, model.to(device), tokenizer, train_set, test_set, sampler, group_weights)
         return job.run(began)
-
-
-def policy_loss(
-    model: torch.nn.Module,
-    batch: Mapping[str, torch.Tensor],
-    ref_logps: torch.Tensor,
-    group_weights: GroupWeights,
-    config: TrainConfig,
-) -> GroupLossOutput:
-    """The loss of one micro-batch: the only place that knows how the policy's log-probabilities come about.
-
-    Args:
-        model: the policy.
-        batch: from :class:`~.data.PreferenceCollator`, on the model's device, B pairs.
-        ref_logps: (2B,) float32, the reference's, chosen first.
-        group_weights: alpha; moves in here unless within ``accumulate()``.
-        config: loss settings.
-    """
-    with autocast(batch["input_ids"].device, config.bf16):
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    return fused_grpo_loss(
-        logits,
-        batch["labels"],
-        ref_logps,
-        batch["group_ids"],
-        group_weights,
-        beta=config.loss.beta,
-        loss_type=config.loss.type,
-        label_smoothing=config.loss.label_smoothing,
-        length_normalize=config.loss.length_normalize,
-        overwrite_logits=True,
-        backend=config.loss.backend,
-    )
 
 
 def make_group_weights(config: TrainConfig, group_sizes: dict[str, int], sampling_probs: list[float]) -> GroupWeights:
@@ -239,7 +206,7 @@ class _Job:
                 _say(config, f"reference log-probabilities of {len(dataset)} {split} pairs")
                 state.reference[split] = reference_logps(
                     cache, self.model, self.tokenizer, dataset, config.data, self.collate,
-                    batch_size=self.micro_batch_size, device=self.device, bf16=config.bf16, backend=config.loss.backend,
+                    loss=config.loss, batch_size=self.micro_batch_size, device=self.device, bf16=config.bf16,
                 )  # fmt: skip
 
     def _loop(self, state: TrainState, metrics: Metrics, began: float) -> tuple[GroupReport | None, GroupReport | None]:
@@ -305,10 +272,10 @@ class _Job:
             batch = {name: tensor.to(self.device) for name, tensor in self._batch(chunk).items()}
             ref_logps = reference[chunk].t().reshape(-1).to(self.device)
             if len(chunks) == 1:
-                out = policy_loss(self.model, batch, ref_logps, self.group_weights, self.config)
+                out = self._loss(batch, ref_logps)
             else:
                 with self.group_weights.accumulate():
-                    out = policy_loss(self.model, batch, ref_logps, self.group_weights, self.config)
+                    out = self._loss(batch, ref_logps)
             # The loss divides by the pairs of the chunk; the step is over the whole batch.
             loss = out.loss * (len(chunk) / len(indices))
             loss.backward()
@@ -317,6 +284,10 @@ class _Job:
         losses = torch.cat([losses for losses, _ in outputs]).cpu()
         margins = torch.cat([margins for _, margins in outputs]).cpu()
         return losses, margins, float(total)
+
+    def _loss(self, batch: dict[str, torch.Tensor], ref_logps: torch.Tensor) -> GroupLossOutput:
+        config = self.config
+        return group_loss(self.model, batch, ref_logps, self.group_weights, config.loss, bf16=config.bf16)
 
     def _refuse_non_finite(self, step: int, indices: list[int], losses: torch.Tensor, norm: torch.Tensor) -> None:
         bad = (~losses.isfinite()).nonzero().flatten().tolist()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .config import DataConfig
+from .config import DataConfig, LossConfig
 from .evaluate import pair_logps
 from .run_directory import sync_file, sync_folder
 
@@ -78,10 +78,10 @@ def reference_logps(
     data: DataConfig,
     collate: Callable[[list[Any]], Mapping[str, torch.Tensor]],
     *,
+    loss: LossConfig,
     batch_size: int = 32,
     device: torch.device | str = "cpu",
     bf16: bool = False,
-    backend: str = "auto",
 ) -> torch.Tensor:
     """Log-probabilities of every reply by the reference, from the cache where they are there.
 
@@ -92,7 +92,7 @@ def reference_logps(
         model: the reference, which is the policy as it stands before training.
         tokenizer, dataset, data: what is scored, and how it came to be.
         collate: pairs → batch.
-        batch_size, device, bf16, backend: as in :func:`~.evaluate.pair_logps`.
+        loss, batch_size, device, bf16: as in :func:`~.evaluate.pair_logps`.
 
     Returns:
         (N, 2) float32 on the CPU, chosen and rejected, in nats.
@@ -104,7 +104,7 @@ def reference_logps(
     cached = _read(path, len(dataset.pairs))
     if cached is not None:
         return cached
-    logps = pair_logps(model, dataset, collate, batch_size=batch_size, device=device, bf16=bf16, backend=backend)
+    logps = pair_logps(model, dataset, collate, loss=loss, batch_size=batch_size, device=device, bf16=bf16)
     bad = (~logps.isfinite()).any(dim=1).nonzero().flatten().tolist()
     if bad:
         raise ValueError(

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 
-from .. import sequence_logps
 from .config import TrainConfig
 from .data import PairDataset, PreferenceCollator
-from .evaluate import autocast
 from .metrics import Metrics
 from .optim import NonFiniteError, Parameters, clip_gradients
 from .progress import Progress
 from .sampling import make_sampler
+from .scoring import reply_logps
 
 # The warm-up draws its own order: its batches should not be the first ones of training again.
 _SEED = 1 << 32
@@ -54,11 +53,7 @@ def warm_up(
             chunk = indices[first : first + micro_batch_size]
             # The chosen sequences come first; the rejected are not learnt from here.
             batch = {name: tensor[: len(chunk)].to(device) for name, tensor in collate(_pairs(dataset, chunk)).items()}
-            with autocast(device, config.bf16):
-                logits = model(
-                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-                ).logits
-            logps = sequence_logps(logits, batch["labels"], overwrite_logits=True, backend=config.loss.backend)
+            logps = reply_logps(model, batch, config.loss, bf16=config.bf16)
             part = -logps.sum() / tokens
             part.backward()
             loss += float(part.detach())

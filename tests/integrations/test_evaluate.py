@@ -32,7 +32,7 @@ def test_group_means_are_those_of_the_formula(setting, kind, normalize):
     reference = torch.randn(len(dataset), 2)
     loss = LossConfig(type=kind, beta=0.3, length_normalize=normalize)
     report = evaluate(model, dataset, reference, loss, collate, batch_size=4)
-    ratios = pair_logps(model, dataset, collate).double() - reference
+    ratios = pair_logps(model, dataset, collate, loss=LossConfig()).double() - reference
     if normalize:
         ratios /= torch.tensor([[len(p.chosen_ids), len(p.rejected_ids)] for p in dataset.pairs])
     margins = ratios[:, 0] - ratios[:, 1]

@@ -11,6 +11,7 @@ from tiny_runs import tiny_config
 
 from grpo_kernels import sequence_logps
 from grpo_kernels.trainer import reference_cache
+from grpo_kernels.trainer.config import LossConfig
 from grpo_kernels.trainer.data import PreferenceCollator, pair_texts, read_pairs, tokenize_pairs
 from grpo_kernels.trainer.models import load_policy
 from grpo_kernels.trainer.reference_cache import fingerprint, reference_logps
@@ -29,7 +30,7 @@ def setting(tmp_path):
 
 def score(folder, setting, **more):
     model, tokenizer, dataset, data, collate = setting
-    return reference_logps(folder, model, tokenizer, dataset, data, collate, batch_size=7, **more)
+    return reference_logps(folder, model, tokenizer, dataset, data, collate, loss=LossConfig(), batch_size=7, **more)
 
 
 def test_each_pair_gets_its_own_log_probabilities(tmp_path, setting):

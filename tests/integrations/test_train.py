@@ -185,17 +185,17 @@ def test_gr_dpo_lifts_the_worst_group_over_dpo(tmp_path):
 
 def test_a_loss_that_is_not_finite_names_step_pairs_and_groups_and_keeps_the_checkpoint(tmp_path, monkeypatch):
     config = tiny_config(tmp_path)
-    whole = loop.policy_loss
+    whole = loop.group_loss
     calls = []
 
-    def poisoned(model, batch, ref_logps, group_weights, config):
+    def poisoned(model, batch, ref_logps, *others, **settings):
         calls.append(batch["pair_index"].tolist())
         if len(calls) == 5:
             ref_logps = ref_logps.clone()
             ref_logps[2] = math.nan
-        return whole(model, batch, ref_logps, group_weights, config)
+        return whole(model, batch, ref_logps, *others, **settings)
 
-    monkeypatch.setattr(loop, "policy_loss", poisoned)
+    monkeypatch.setattr(loop, "group_loss", poisoned)
     with pytest.raises(NonFiniteError) as caught:
         train(config)
     pair = calls[4][2]
@@ -205,7 +205,7 @@ def test_a_loss_that_is_not_finite_names_step_pairs_and_groups_and_keeps_the_che
     assert [path.name for path in sorted_checkpoints(Path(config.run_dir) / "checkpoints")] == ["step-00000003"]
     assert not (Path(config.run_dir) / "final").exists()
     # What was saved goes on as if nothing had been.
-    monkeypatch.setattr(loop, "policy_loss", whole)
+    monkeypatch.setattr(loop, "group_loss", whole)
     train(replace(config, resume=True))
     clean = tiny_config(tmp_path, "clean")
     train(clean)
