@@ -127,7 +127,9 @@ _MODULES = {
 }
 """Name → module beside this file, in the order in which ``auto`` prefers them."""
 
-PROVEN: dict[tuple[str, str], str] = {}
+PROVEN: dict[tuple[str, str], str] = {
+    ("cpu", "cpu-x86_64"): "cpu-x86_64/prove-cpu.json",
+}
 """(backend, kind of device) → the recorded passing run that lets ``auto`` pick it, under ``benchmarks/results/``.
 
 ``torch`` needs no entry: PyTorch's own operations are the fallback everywhere.
