@@ -28,8 +28,10 @@ import torch
 from .backends import Backend
 from .linear_plan import Call, Plan, Tile, accumulation_dtype, make_plan
 
-_ROW_CHUNK_ELEMENTS = {"cpu": 1 << 18}
+_ROW_CHUNK_ELEMENTS = {"cpu": 1 << 22}
 _DEFAULT_ROW_CHUNK_ELEMENTS = 1 << 26
+"""Of (rows, H) at a time where an operation needs a copy: less than a tile, which is free at such times, and few
+operations, because each makes all threads meet, which on a busy machine costs more than the work."""
 
 KEPT_SHIFT = 64
 """Kept exponentials are stored 2^-64 below the running top: a target's entry, -rest in the scale of the final top,
@@ -205,7 +207,9 @@ def _sweep(
         )  # fmt: skip
         if total is not None:
             work.gemm(exps, w, part)
-            total.mul_(factor.unsqueeze(1)).add_(part, alpha=2.0**KEPT_SHIFT if is_kept else 1)
+            if is_kept and not tops:
+                factor.mul_(2.0**-KEPT_SHIFT)  # from here on in the scale of kept exponentials
+            torch.addcmul(part, total, factor.unsqueeze(1), out=total)
         if is_kept:
             tops.append(top.clone())
     del work, part
@@ -215,7 +219,8 @@ def _sweep(
     logps, miss = torch.nn.functional.logsigmoid(-odds_against), odds_against.sigmoid()
     share = (miss / rest).masked_fill_(rest == 0, 0)
     if total is not None:
-        _finish_unit_grad(total, weight, targets, picked, miss, share, plan, call)
+        scale = share if kept is None else share * 2.0**KEPT_SHIFT
+        _finish_unit_grad(total, weight, targets, picked, miss, scale, plan, call)
     if not plan.grad_weight:
         return logps, Saved(total, None, None, None, None, None)
     kept_scale = None
@@ -308,15 +313,17 @@ def _finish_kept(
     """
     room = KEPT_SHIFT * 0.6931471805599453
     drop = tops.sub_(top)  # <= 0
+    rows = torch.arange(rest.shape[0], device=rest.device)
     for tile, below in zip(tiles, drop, strict=True):
         words = tile.stop - tile.start
-        exps = _kept_tile(kept, tile, rest.shape[0])
-        index = (targets - tile.start).unsqueeze(1)
+        exps = _kept_tile(kept, tile, rest.shape[0]).view(-1)
+        index = targets - tile.start
         inside = (index >= 0) & (index < words)
-        index = torch.where(inside, index, 0)
-        below.copy_(torch.where(inside.squeeze(1), below.clamp(min=-room), below))
+        below.copy_(torch.where(inside, below.clamp(min=-room), below))
         entry = -rest * _slope_at(picked, call) * torch.exp(-below - room)
-        exps.scatter_(1, index, torch.where(inside, entry.unsqueeze(1).to(kept.dtype), exps.gather(1, index)))
+        # By the place in memory: scatter_ along rows would copy the tile.
+        place = rows * words + torch.where(inside, index, 0)
+        exps.index_copy_(0, place, torch.where(inside, entry.to(kept.dtype), exps[place]))
     drop.add_(room).exp_().mul_(share)
 
 
