@@ -98,13 +98,13 @@ def describe_device(device: torch.device) -> dict[str, object]:
 
 def describe_software() -> dict[str, object]:
     """Versions, commit and date: what makes a number repeatable."""
+    changed = _git("status", "--porcelain", "--untracked-files=no", "csrc", "grpo_kernels/backends")
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
-        "commit": _git("rev-parse", "HEAD")
-        + ("+changes" if _git("status", "--porcelain", "--untracked-files=no", "csrc", "grpo_kernels/backends") else ""),
+        "commit": _git("rev-parse", "HEAD") + ("+changes" if changed else ""),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
 
