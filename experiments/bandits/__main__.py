@@ -62,11 +62,14 @@ def main(arguments: list[str] | None = None) -> int:
 
     from . import figures, tables  # matplotlib loads only where something is drawn
 
+    page = options.docs / "paper.md"
+    if not page.is_file():
+        parser.error(f"--docs must be a folder with the page paper.md, got {options.docs}")
     study = run_study(options.seeds, options.jobs)
     folder = options.docs / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     tables.save(study, folder / "study.json")
-    tables.write(tables.load(folder / "study.json"), options.docs / "paper.md")
+    tables.write(tables.load(folder / "study.json"), page)
     for path in figures.draw_all(study, folder):
         print(path)
     print(f"{study['seconds']:.0f} s for {len(options.seeds)} seeds in {options.jobs} processes")

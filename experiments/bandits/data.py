@@ -10,6 +10,7 @@ once, and asked in the same order, draws that are thrown away included.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -58,8 +59,9 @@ class Draws(NamedTuple):
     theta0: np.ndarray
 
 
+@cache  # the kinds of features share their draws, which take longer than anything built on them
 def draw(scenario: Scenario, seed: int) -> Draws:
-    """The data sets and the starting point of one seed."""
+    """The data sets and the starting point of one seed; not to be written to."""
     rng = np.random.RandomState(seed)
     half = NUM_EVAL // 2
     rng.uniform(size=2)

@@ -307,6 +307,11 @@ class TestCommand:
         tables.write(tables.load(docs / "figures" / "study.json"), copy)
         assert copy.read_text() == (docs / "paper.md").read_text()
 
+    def test_docs_without_the_page_are_refused_before_anything_runs(self, tmp_path, capsys):
+        with pytest.raises(SystemExit):
+            command.main(["--docs", str(tmp_path)])
+        assert "paper.md" in capsys.readouterr().err
+
     def test_a_page_without_markers_is_refused(self, tmp_path):
         page = tmp_path / "paper.md"
         page.write_text("nothing\n")
