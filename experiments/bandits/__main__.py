@@ -18,7 +18,7 @@ _DESCRIPTION = """\
 Reproduces the log-linear bandit study of Ramesh et al. 2024 (Group Robust Preference Optimization).
 
 Without options: every scenario, every kind of features, six methods, 20 seeds, the convergence rate and the
-uncorrected formulas, in about two minutes on two cores; writes docs/figures/ and the tables in docs/paper.md.
+uncorrected formulas, in under three minutes on two free cores; writes docs/figures/ and the tables in docs/paper.md.
 With --features or --scenario or --json: that one case, as a table on the terminal and as JSON."""
 
 _EPILOG = """\
