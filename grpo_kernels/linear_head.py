@@ -185,7 +185,7 @@ def _sweep(
     total: Any = None
     part: Any = None
     kept: Any = None
-    tops = []
+    tops: list[torch.Tensor] = []
     if plan.grad_hidden:
         total = torch.zeros(plan.rows, plan.hidden, dtype=accumulate, device=device)
         part = torch.empty(plan.rows, plan.hidden, dtype=work.gemm_dtype, device=device)
