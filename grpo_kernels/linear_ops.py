@@ -120,8 +120,10 @@ def linear_token_logps_fwd(
     backend: str,
 ) -> list[Tensor]:
     call = _call(dtype, ignore_index, num_labelled, memory_budget, softcap, logit_scale, grad)
-    results = forward(hidden, weight, bias, targets, needs, call, backend)
-    return [_nothing(hidden) if result is None else result for result in results]
+    *results, kept_scale = forward(hidden, weight, bias, targets, needs, call, backend)
+    if kept_scale is None and (needs[1] or needs[2]):
+        kept_scale = results[0].new_empty(0, results[1].shape[0])  # no tile was kept, of as many rows
+    return [_nothing(hidden) if result is None else result for result in (*results, kept_scale)]
 
 
 @linear_token_logps_fwd.register_fake
@@ -164,7 +166,8 @@ def linear_token_logps_bwd(
 ) -> list[Tensor]:
     call = _call(dtype, ignore_index, num_labelled, memory_budget, softcap, logit_scale, grad)
     told = None if num_labelled is None else right
-    fields = [None if tensor.numel() == 0 and tensor.dim() == 1 else tensor for tensor in saved]
+    unit_grad, *others = saved
+    fields = [unit_grad if needs[0] else None, *(others if needs[1] or needs[2] else [None] * len(others))]
     grads = backward(grad_logps, hidden, weight, bias, targets, index, told, fields, needs, call, backend)
     return [_nothing(hidden) if result is None else result for result in grads]
 

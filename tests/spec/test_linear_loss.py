@@ -279,6 +279,30 @@ def test_compiled_without_a_graph_break(told):
     assert_close(frozen.grad, grads_of(function(*left), left)[0])
 
 
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("budget", [0, 10**6])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_operator_passes_opcheck(told, budget, frozen):
+    hidden, weight = leaves(torch.randn(6, 5), torch.randn(11, 5))
+    targets = torch.tensor([1, 2, IGNORE, 3, 10, 0])
+    call = (torch.float32, IGNORE, 5 if told else None, repr(budget), 0.0, 1.0, True, "torch")
+    arguments = (hidden, weight.requires_grad_(not frozen), None, targets, [True, not frozen, False], *call)
+    torch.library.opcheck(torch.ops.grpo_kernels.linear_token_logps_fwd.default, arguments)
+
+
+@pytest.mark.parametrize("few", [0, 2])
+def test_compiled_with_no_label_at_all(few):
+    hidden, weight = leaves(torch.randn(4, 3, 5), torch.randn(11, 5))
+    labels = torch.full((4, 3), IGNORE)
+    labels[:few, 2] = 4
+    torch._dynamo.reset()
+    compiled = torch.compile(linear_sequence_logps, fullgraph=True, backend="aot_eager")
+    out = compiled(hidden, weight, labels)
+    assert torch.equal(out, linear_sequence_logps(hidden, weight, labels))
+    out.sum().backward()
+    assert hidden.grad.count_nonzero() == 5 * few
+
+
 @pytest.mark.parametrize("wrong", [-2, -1, 1, 2])
 def test_a_wrong_number_of_labels_gives_nan(wrong):
     batch = make_batch()
