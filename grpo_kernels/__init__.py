@@ -1,4 +1,4 @@
-"""Group *Robust* Preference Optimization (GR-DPO, GR-IPO; Ramesh et al. 2024), not Group *Relative* Policy Optimization.
+"""Group *Robust* (not *Relative*) Preference Optimization: GR-DPO and GR-IPO of Ramesh et al. 2024.
 
 The loss is :func:`fused_grpo_loss`; the weights of the groups live in :class:`GroupWeights`.
 """

@@ -24,7 +24,13 @@ def _token_logps_fwd(
 
 @torch.library.custom_op("grpo_kernels::token_logps_bwd", mutates_args=("grad_logits",))
 def _token_logps_bwd(
-    logits: Tensor, targets: Tensor, lse: Tensor, grad_logps: Tensor, grad_logits: Tensor, ignore_index: int, backend: str
+    logits: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    grad_logps: Tensor,
+    grad_logits: Tensor,
+    ignore_index: int,
+    backend: str,
 ) -> None:
     chosen = choose(backend, logits.device, logits.dtype)
     chosen.token_logps_bwd(logits, targets, lse, grad_logps, grad_logits, ignore_index=ignore_index)
@@ -84,9 +90,7 @@ class OperatorBackend:
         torch.ops.grpo_kernels.token_logps_fwd(logits, targets, logps, lse, ignore_index, self.name)
 
     def token_logps_bwd(self, logits, targets, lse, grad_logps, grad_logits, *, ignore_index) -> None:
-        torch.ops.grpo_kernels.token_logps_bwd(
-            logits, targets, lse, grad_logps, grad_logits, ignore_index, self.name
-        )
+        torch.ops.grpo_kernels.token_logps_bwd(logits, targets, lse, grad_logps, grad_logits, ignore_index, self.name)
 
     def preference_tail(self, *tensors, loss_type, beta, label_smoothing, length_normalize, ignore_index) -> None:
         torch.ops.grpo_kernels.preference_tail(

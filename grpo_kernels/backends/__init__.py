@@ -19,7 +19,8 @@ module with these names; it holds no state and allocates nothing of the size of 
     ``torch.log_softmax`` does.
 
 ``token_logps_bwd(logits, targets, lse, grad_logps, grad_logits, *, ignore_index)``
-    One read of the logits and one write: ``grad_logits[r, v] = grad_logps[r] * ((v == targets[r]) - exp(z[v] - lse[r]))``.
+    One read of the logits and one write:
+    ``grad_logits[r, v] = grad_logps[r] * ((v == targets[r]) - exp(z[v] - lse[r]))``.
 
     - grad_logps   (S*T,) same dtype as lse, contiguous; not looked at where the row is ignored
     - grad_logits  out, shape, dtype and last stride of logits; may be the very same memory (in place);
@@ -139,7 +140,9 @@ PROVEN: dict[tuple[str, str], str] = {
 def device_kind(device: torch.device) -> str:
     """The key under which a device's runs are recorded: an architecture for CPUs, a vendor for GPUs."""
     if device.type == "cpu":
-        return "cpu-" + {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
+        return "cpu-" + {"amd64": "x86_64", "arm64": "aarch64"}.get(
+            platform.machine().lower(), platform.machine().lower()
+        )
     if device.type == "cuda":
         if torch.version.hip is not None:
             return "amd"

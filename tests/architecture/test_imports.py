@@ -29,7 +29,14 @@ MAY_IMPORT = {
     "group_weights": {"types", "distributed"},
     "functional": {"types", "checks", "backends", "ops", "linear_head", "autograd", "group_weights"},
     "functional_linear": {
-        "types", "checks", "ops", "linear_plan", "linear_ops", "autograd", "functional", "group_weights",
+        "types",
+        "checks",
+        "ops",
+        "linear_plan",
+        "linear_ops",
+        "autograd",
+        "functional",
+        "group_weights",
     },
 }
 """The core, module by module: what each may import from this package.  The list is the order of the house."""
