@@ -1,5 +1,6 @@
-"""Group *Robust* (not *Relative*) Preference Optimization: GR-DPO and GR-IPO of Ramesh et al. 2024.
+"""Group *Robust* Preference Optimization, not Group *Relative* Policy Optimization.
 
+The method is that of Ramesh et al. 2024 (arXiv 2405.20304): GR-DPO and GR-IPO.
 The loss is :func:`fused_grpo_loss`; the weights of the groups live in :class:`GroupWeights`.
 """
 
