@@ -327,7 +327,8 @@ def _tail(
                 group_weights.observe(group_sums, group_counts, losses)
                 if not group_weights.accumulating:
                     group_weights.step()
-            weights, used = group_weights.loss_weights.to(dtype), group_weights.weights.to(dtype)
+            alpha = group_weights.weights
+            weights, used = (alpha / group_weights.sampling_probs).to(dtype), alpha.to(dtype)
         else:
             weights = used = group_weights.detach().to(dtype)
         # An id out of range has made its loss NaN already; here it must only not read astray.

@@ -72,7 +72,9 @@ class GroupWeights(nn.Module):
 
     Build one with :meth:`proportional` (DPO), :meth:`balanced` (importance-sampled DPO) or :meth:`robust` (GR-DPO).
     Passed to ``fused_grpo_loss`` in training mode it observes the batch, steps, and the batch is weighted with the
-    *new* alpha, which is the order of the paper's Algorithm 1.
+    *new* alpha, which is the order of the paper's Algorithm 1.  Ranks agree on alpha by themselves: keep this module
+    beside a model that DistributedDataParallel wraps, not inside it, where its buffers would be broadcast from rank 0
+    over what the other ranks have observed.
 
     Args:
         group_sizes: N_g, pairs of each group in the training set: a mapping name → size, or a sequence (then the
