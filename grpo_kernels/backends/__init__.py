@@ -84,6 +84,7 @@ from __future__ import annotations
 
 import importlib
 import platform
+import warnings
 from types import ModuleType
 from typing import Protocol, cast
 
@@ -188,16 +189,33 @@ def _choose_auto(device: torch.device, dtype: torch.dtype) -> Backend:
     # The answer cannot change within a process, and asking anew would cost more than a small call's kernels.
     chosen = _auto_cache.get((device, dtype))
     if chosen is None:
-        kind = device_kind(device)
+        kind, passed_over = device_kind(device), []
         for name in _MODULES:
-            proven = name == "torch" or (name, kind) in PROVEN
-            if proven and _unavailable_reason(name) is None and _load(name).unsupported_reason(device, dtype) is None:
-                chosen = _load(name)
-                break
-        else:  # pragma: no cover - torch takes every floating dtype, which callers have checked
+            if _unavailable_reason(name) is None and _load(name).unsupported_reason(device, dtype) is None:
+                if name == "torch" or (name, kind) in PROVEN:
+                    chosen = _load(name)
+                    break
+                passed_over.append(name)
+        if chosen is None:  # pragma: no cover - torch takes every floating dtype, which callers have checked
             raise UnavailableBackendError(f"no backend takes {dtype} on {device}")
+        if chosen is _load("torch") and passed_over and device.type != "cpu":
+            _warn_once(kind, passed_over)
         _auto_cache[(device, dtype)] = chosen
     return chosen
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(kind: str, passed_over: list[str]) -> None:
+    if kind not in _warned:
+        _warned.add(kind)
+        names = " or ".join(f"backend={name!r}" for name in reversed(passed_over))
+        warnings.warn(
+            f"backend='auto' takes plain PyTorch operations here: no passing run of this package's kernels is recorded "
+            f"for this kind of device ({kind}). They are installed; choose them with {names}.",
+            stacklevel=4,
+        )
 
 
 def _load(name: str) -> Backend:
