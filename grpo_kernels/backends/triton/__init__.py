@@ -29,6 +29,7 @@ else:
         _missing = f"triton {triton.__version__} is older than {'.'.join(map(str, OLDEST_TRITON))}"
 
 if _missing is None:
+    from .head_tile import head_tile_bwd, head_tile_fwd
     from .launch import interpreting
     from .preference_tail import preference_tail, preference_tail_kernel
     from .token_logps import token_logps_bwd, token_logps_fwd
@@ -58,4 +59,7 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-__all__ = ["preference_tail", "token_logps_bwd", "token_logps_fwd", "unavailable_reason", "unsupported_reason"]
+__all__ = [
+    "head_tile_bwd", "head_tile_fwd", "preference_tail", "token_logps_bwd", "token_logps_fwd", "unavailable_reason",
+    "unsupported_reason",
+]  # fmt: skip

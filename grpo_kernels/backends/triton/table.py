@@ -32,6 +32,14 @@ class TokenLogpsOptions(NamedTuple):
     """Elements in 16 bytes."""
 
 
+class HeadTileOptions(NamedTuple):
+    """How a tile operation of the LM head is launched; fields as in TokenLogpsOptions."""
+
+    block_v: int
+    num_warps: int
+    vec: int
+
+
 class TailOptions(NamedTuple):
     """How the tail is launched: one tile is ``block_pairs`` sequences of ``block_tokens`` tokens."""
 
@@ -47,6 +55,14 @@ TOKEN_LOGPS: dict[tuple[Direction, int], tuple[tuple[float, int, int], ...]] = {
     ("fwd", 4): ((1024, 1024, 2), (8192, 2048, 4), (float("inf"), 4096, 8)),
     ("bwd", 2): ((1024, 512, 2), (8192, 1024, 4), (float("inf"), 2048, 8)),
     ("bwd", 4): ((1024, 512, 2), (8192, 1024, 4), (float("inf"), 2048, 8)),
+}
+
+# (most words of a tile, block_v, num_warps) by direction and bytes per element of the GEMM's output.
+HEAD_TILE: dict[tuple[Direction, int], tuple[tuple[float, int, int], ...]] = {
+    ("fwd", 2): ((1024, 512, 2), (4096, 1024, 4), (float("inf"), 2048, 8)),
+    ("fwd", 4): ((1024, 512, 2), (4096, 1024, 4), (float("inf"), 2048, 8)),
+    ("bwd", 2): ((1024, 512, 2), (4096, 1024, 4), (float("inf"), 2048, 8)),
+    ("bwd", 4): ((1024, 512, 2), (4096, 1024, 4), (float("inf"), 2048, 8)),
 }
 
 # (largest mean length of a sequence, block_pairs, block_tokens).  Two shapes and no more, so that lengths which change
@@ -65,6 +81,15 @@ def token_logps_options(
     entries = TOKEN_LOGPS[direction, dtype.itemsize]
     block_v, num_warps = next(entry[1:] for entry in entries if vocabulary <= entry[0])
     return TokenLogpsOptions(block_v, num_warps * 32 // warp_size, 16 // dtype.itemsize)
+
+
+def head_tile_options(
+    direction: Direction, words: int, dtype: torch.dtype, warp_size: int = WARP_SIZE
+) -> HeadTileOptions:
+    """The entry for a tile of ``words`` words whose logits are of ``dtype``."""
+    entries = HEAD_TILE[direction, dtype.itemsize]
+    block_v, num_warps = next(entry[1:] for entry in entries if words <= entry[0])
+    return HeadTileOptions(block_v, num_warps * 32 // warp_size, 16 // dtype.itemsize)
 
 
 def tail_options(mean_length: float, num_groups: int, warp_size: int = WARP_SIZE) -> TailOptions:
