@@ -23,6 +23,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from grpo_kernels.backends import triton as backend  # noqa: E402
 from grpo_kernels.backends.triton import table  # noqa: E402
+from grpo_kernels.backends.triton.head_tile import head_tile_bwd_kernel, head_tile_fwd_kernel  # noqa: E402
 from grpo_kernels.backends.triton.preference_tail import preference_tail_kernel  # noqa: E402
 from grpo_kernels.backends.triton.token_logps import token_logps_bwd_kernel, token_logps_fwd_kernel  # noqa: E402
 
@@ -45,6 +46,11 @@ TAIL = {
     "margins_ptr": "*fp32", "losses_ptr": "*fp32", "slopes_ptr": "*fp32", "group_sums_ptr": "*fp64",
     "group_counts_ptr": "*i64", "num_pairs": "i32", "num_groups": "i32", "length": "i32", "ignore_index": "i32",
     "beta_bits": "i64", "smoothing_bits": "i64",
+}  # fmt: skip
+TILE = {
+    "bias_ptr": "*fp32", "targets_ptr": "*i64", "top_ptr": "*fp32", "rest_ptr": "*fp32", "picked_ptr": "*fp32",
+    "factor_ptr": "*fp32", "scale_ptr": "*fp32", "at_target_ptr": "*fp32", "stride": "i32", "stride_out": "i32",
+    "words": "i32", "start": "i32", "softcap": "fp32", "slope": "fp32", "exps_scale": "fp32",
 }  # fmt: skip
 OPTIONAL = ("targets_ptr", "cu_seqlens_ptr", "ref_logps_ptr", "pair_weights_ptr")
 
@@ -92,12 +98,12 @@ def memory_widths(compiled, access: str) -> list[int]:
     return [int(lanes or 1) * int(bits) // 8 for lanes, bits in found]
 
 
-def assert_wide(compiled, access: str, block_v: int, itemsize: int, threads: int) -> None:
+def assert_wide(compiled, access: str, block_v: int, itemsize: int, threads: int, scalars: int = 6) -> None:
     """All of a block of the vocabulary moves 16 bytes at a time; what is narrower is a handful of scalars."""
     widths = memory_widths(compiled, access)
     needed = block_v * itemsize // (16 * threads)
     assert widths.count(16) >= needed, widths
-    assert len(widths) - widths.count(16) <= 6, widths
+    assert len(widths) - widths.count(16) <= scalars, widths
 
 
 def row_kernels(target, dtype_name, vocabulary):
@@ -130,6 +136,42 @@ def check_tail(target, mean_length, num_groups, loss_type, absent=(), length_nor
         "BLOCK_GROUPS": options.block_groups, **dict.fromkeys(absent),
     }  # fmt: skip
     assert_fits(compile_kernel(preference_tail_kernel, TAIL, constants, target, options.num_warps))
+
+
+def check_tile_kernels(target, logits, out, words, variants):
+    """Both tile operations at one entry of the table: dtypes of tile and output, (aligned, capped, biased)."""
+    types = {**TILE, "logits_ptr": "*" + logits, "exps_ptr": "*" + out, "grads_ptr": "*" + out}
+    size = DTYPES[logits].itemsize
+    kernels = (("fwd", head_tile_fwd_kernel), ("bwd", head_tile_bwd_kernel))
+    for (direction, kernel), (aligned, capped, biased) in itertools.product(kernels, variants):
+        options = table.head_tile_options(direction, words, DTYPES[logits], target.warp_size)
+        constants = {
+            "BLOCK_V": options.block_v, "VEC": options.vec, "ALIGNED": aligned, "CAPPED": capped, "BIAS_HINT": 16,
+            "OUT_HINT": options.vec * DTYPES[out].itemsize, **({} if biased else {"bias_ptr": None}),
+        }  # fmt: skip
+        compiled = compile_kernel(kernel, types, constants, target, options.num_warps)
+        assert_fits(compiled)
+        if not biased:
+            moved = (options.block_v, size, options.num_warps * target.warp_size)
+            # Forward reads target, top, rest and the target's logit, and the edges, two a thread, twice.
+            assert_wide(compiled, "ld", *moved, scalars=8)
+            if logits == out:
+                assert_wide(compiled, "st", *moved)
+
+
+@pytest.mark.parametrize("out", ["bf16", "fp32"])
+def test_tiles_of_many_words(out):
+    check_tile_kernels(TARGETS["sm_90"], "fp32", out, 16384, [(True, False, False), (False, True, True)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [1024, 4096, 16384])
+@pytest.mark.parametrize(
+    ("logits", "out"), [("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp16"), ("bf16", "bf16"), ("fp16", "fp16")]
+)
+@pytest.mark.parametrize("target", TARGETS)
+def test_tiles_everywhere(target, logits, out, words):
+    check_tile_kernels(TARGETS[target], logits, out, words, list(itertools.product((True, False), repeat=3)))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])

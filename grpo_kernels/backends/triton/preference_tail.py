@@ -66,11 +66,11 @@ def _sigma(x):
 
 
 @triton.jit
-def _value_and_slope(margin, beta, smoothing, LOSS_TYPE: tl.constexpr):
+def _value_and_slope(margin, beta, half_inverse_beta, smoothing, LOSS_TYPE: tl.constexpr):
     """Loss and its derivative with respect to the margin, without pair or group weights."""
     x = beta * margin
     if LOSS_TYPE == _IPO:
-        gap = margin - 1 / (2 * beta)
+        gap = margin - half_inverse_beta
         value = gap * gap
         slope = 2 * gap
     elif LOSS_TYPE == _HINGE:
@@ -142,6 +142,7 @@ def preference_tail_kernel(
     block = tl.program_id(0)
     beta = _float64(beta_bits)
     smoothing = _float64(smoothing_bits)
+    half_inverse_beta = 1 / (2 * beta)  # once: a float64 division is a subroutine, and in the loop it cost a stack
     group = block * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
     sums = tl.zeros([BLOCK_GROUPS], tl.float64)
     counts = tl.zeros([BLOCK_GROUPS], tl.int32)
@@ -156,8 +157,10 @@ def preference_tail_kernel(
                                           length, ignore_index, BLOCK_PAIRS, BLOCK_TOKENS)  # fmt: skip
         # Rounded first, as the reference was: a policy that equals it has margin 0 to the bit.
         dtype = policy_logps_ptr.dtype.element_ty
-        ratio_w = logp_w.to(dtype).to(tl.float64)
-        ratio_l = logp_l.to(dtype).to(tl.float64)
+        logp_w = logp_w.to(dtype)
+        logp_l = logp_l.to(dtype)
+        ratio_w = logp_w.to(tl.float64)
+        ratio_l = logp_l.to(tl.float64)
         if ref_logps_ptr is not None:
             ratio_w -= tl.load(ref_logps_ptr + pair, mask=inside, other=0.0)
             ratio_l -= tl.load(ref_logps_ptr + lose, mask=inside, other=0.0)
@@ -165,7 +168,7 @@ def preference_tail_kernel(
             ratio_w /= tl.maximum(length_w, 1.0)
             ratio_l /= tl.maximum(length_l, 1.0)
         margin = ratio_w - ratio_l
-        value, slope = _value_and_slope(margin, beta, smoothing, LOSS_TYPE)
+        value, slope = _value_and_slope(margin, beta, half_inverse_beta, smoothing, LOSS_TYPE)
         if pair_weights_ptr is not None:
             weight = tl.load(pair_weights_ptr + pair, mask=inside, other=0.0)
             value *= weight
@@ -174,8 +177,8 @@ def preference_tail_kernel(
 
         if block == 0:
             known = (group_id >= 0) & (group_id < num_groups)
-            tl.store(policy_logps_ptr + pair, logp_w.to(dtype), mask=inside)
-            tl.store(policy_logps_ptr + lose, logp_l.to(dtype), mask=inside)
+            tl.store(policy_logps_ptr + pair, logp_w, mask=inside)
+            tl.store(policy_logps_ptr + lose, logp_l, mask=inside)
             if targets_ptr is not None:
                 tl.store(lengths_ptr + pair, length_w, mask=inside)
                 tl.store(lengths_ptr + lose, length_l, mask=inside)

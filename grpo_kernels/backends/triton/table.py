@@ -67,7 +67,7 @@ HEAD_TILE: dict[tuple[Direction, int], tuple[tuple[float, int, int], ...]] = {
 
 # (largest mean length of a sequence, block_pairs, block_tokens).  Two shapes and no more, so that lengths which change
 # from batch to batch do not bring a compilation each.
-TAIL: tuple[tuple[float, int, int], ...] = ((64, 8, 64), (float("inf"), 4, 512))
+TAIL: tuple[tuple[float, int, int], ...] = ((64, 8, 32), (float("inf"), 4, 512))
 
 # Groups are split over programs in blocks of this many (see preference_tail.py).
 TAIL_BLOCK_GROUPS = 256
