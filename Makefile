@@ -12,7 +12,7 @@ PIP := $(PY) -m pip --quiet --disable-pip-version-check
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow gpu-check paper lint format clean
+.PHONY: help demo test test-slow test-nightly gpu-check paper lint format clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -25,6 +25,9 @@ test: $(VENV)/.dev ## the core tests, at most 8 minutes on two cores
 
 test-slow: $(VENV)/.dev ## real data, drawn cases, wheels, every GPU architecture
 	$(PY) -m pytest -q -m "slow or realdata" --durations 10
+
+test-nightly: $(VENV)/.dev ## the long ones with more cases: 50,000 drawn ones, 100 kills; an hour or more
+	GRPO_KERNELS_NIGHTLY=1 $(PY) -m pytest -q -m slow --durations 10
 
 OUT ?= runs/gpu-check
 # Uses the Python that is there, with its torch, and no network: a machine with a GPU is rarely one's own.
