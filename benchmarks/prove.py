@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -96,9 +97,9 @@ def describe_device(device: torch.device) -> dict[str, object]:
     }
 
 
-def describe_software() -> dict[str, object]:
-    """Versions, commit and date: what makes a number repeatable."""
-    changed = _git("status", "--porcelain", "--untracked-files=no", "csrc", "grpo_kernels/backends")
+def describe_software(sources: Sequence[str] = ("csrc", "grpo_kernels/backends")) -> dict[str, object]:
+    """Versions, commit and date: what makes a number repeatable.  ``sources``: a change there marks the commit."""
+    changed = _git("status", "--porcelain", "--untracked-files=no", *sources)
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
