@@ -14,25 +14,58 @@ import torch
 
 from .types import LOSS_TYPES, SMOOTHED_LOSS_TYPES
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""The dtypes that logits, hidden states and weights may have."""
+
 
 def describe(value: Any) -> str:
     """A value as an error message shows it."""
     if isinstance(value, torch.Tensor):
-        return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+        if value.is_nested:
+            return "a nested tensor"
+        layout = "" if value.layout == torch.strided else f"{value.layout} "
+        return f"a {layout}{value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+    if isinstance(value, int) and value.bit_length() > 1024:
+        return f"an integer of {value.bit_length()} bits"
     return f"{type(value).__name__} {value!r}"[:120]
+
+
+def is_dense(value: Any) -> bool:
+    """A tensor that has strides: neither sparse nor nested."""
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_nested
+
+
+def check_number(name: str, value: Any) -> float:
+    """A real number that float64 holds, bool excluded; may be infinite or NaN."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {describe(value)}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, got {describe(value)}") from None
+
+
+def check_flag(name: str, value: Any) -> None:
+    """True or False, and no other thing that Python would take for one."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {describe(value)}")
+
+
+def check_floating(name: str, tensor: Any) -> None:
+    """A dense tensor of one of the dtypes that logits and their like may have."""
+    if not is_dense(tensor) or not tensor.is_floating_point():
+        raise TypeError(f"{name} must be a floating tensor, got {describe(tensor)}")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {describe(tensor)}")
 
 
 def check_loss_settings(beta: float, loss_type: str, label_smoothing: float) -> None:
     """β > 0; a known loss; smoothing in [0, 1/2), and only where it is defined."""
-    if isinstance(beta, bool) or not isinstance(beta, (int, float)):
-        raise TypeError(f"beta must be a number, got {describe(beta)}")
-    if not (beta > 0 and math.isfinite(beta)):
+    if not 0 < check_number("beta", beta) < math.inf:
         raise ValueError(f"beta must be positive and finite, got {beta!r}")
-    if loss_type not in LOSS_TYPES:
-        raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}")
-    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
-        raise TypeError(f"label_smoothing must be a number, got {describe(label_smoothing)}")
-    if not 0 <= label_smoothing < 0.5:
+    if not isinstance(loss_type, str) or loss_type not in LOSS_TYPES:
+        raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {describe(loss_type)}")
+    if not 0 <= check_number("label_smoothing", label_smoothing) < 0.5:
         raise ValueError(f"label_smoothing must be in [0, 1/2), got {label_smoothing!r}")
     if label_smoothing and loss_type not in SMOOTHED_LOSS_TYPES:
         raise ValueError(
@@ -43,10 +76,7 @@ def check_loss_settings(beta: float, loss_type: str, label_smoothing: float) -> 
 
 def check_logits(logits: Any, labels: Any, cu_seqlens: Any) -> None:
     """Padded (2B, T, V) with labels (2B, T), or packed (rows, V) with labels (rows,) and cu_seqlens (2B+1,)."""
-    if not isinstance(logits, torch.Tensor):
-        raise TypeError(f"logits must be a tensor, got {describe(logits)}")
-    if not logits.is_floating_point():
-        raise TypeError(f"logits must be a floating tensor, got {describe(logits)}")
+    check_floating("logits", logits)
     dims = 3 if cu_seqlens is None else 2
     if logits.dim() != dims:
         shape = "(2B, T, V), padded" if dims == 3 else "(rows, V), packed, where cu_seqlens is given"
@@ -60,7 +90,7 @@ def check_logits(logits: Any, labels: Any, cu_seqlens: Any) -> None:
 
 def check_cu_seqlens(cu_seqlens: Any, rows: int, device: torch.device) -> None:
     """(n+1,) int32, from 0 to rows, never falling."""
-    if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype != torch.int32:
+    if not is_dense(cu_seqlens) or cu_seqlens.dtype != torch.int32:
         raise TypeError(f"cu_seqlens must be an int32 tensor, got {describe(cu_seqlens)}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens must have shape (2B+1,), got {describe(cu_seqlens)}")
@@ -73,7 +103,7 @@ def check_cu_seqlens(cu_seqlens: Any, rows: int, device: torch.device) -> None:
 
 def check_integers(name: str, tensor: Any, shape: tuple[int, ...], device: torch.device) -> None:
     """An integer tensor of exactly this shape on this device."""
-    if not isinstance(tensor, torch.Tensor) or tensor.dtype not in (torch.int64, torch.int32):
+    if not is_dense(tensor) or tensor.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must be an int64 or int32 tensor, got {describe(tensor)}")
     if tensor.shape != torch.Size(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {describe(tensor)}")
@@ -82,7 +112,7 @@ def check_integers(name: str, tensor: Any, shape: tuple[int, ...], device: torch
 
 def check_sums(name: str, tensor: Any, shape: tuple[int, ...], device: torch.device) -> None:
     """float32 or float64 numbers of this shape that carry no gradient."""
-    if not isinstance(tensor, torch.Tensor):
+    if not is_dense(tensor):
         raise TypeError(f"{name} must be a tensor or None, got {describe(tensor)}")
     if tensor.dtype not in (torch.float32, torch.float64):
         raise TypeError(
@@ -98,7 +128,7 @@ def check_sums(name: str, tensor: Any, shape: tuple[int, ...], device: torch.dev
 
 def check_lengths(lengths: Any, shape: tuple[int, ...], device: torch.device) -> None:
     """Numbers of this shape that carry no gradient."""
-    if not isinstance(lengths, torch.Tensor):
+    if not is_dense(lengths):
         raise TypeError(f"lengths must be a tensor or None, got {describe(lengths)}")
     if lengths.dtype == torch.bool or lengths.is_complex():
         raise TypeError(f"lengths must be an integer or floating tensor, got {describe(lengths)}")
@@ -117,8 +147,16 @@ def check_pairs(name: str, num_sequences: int) -> None:
         )
 
 
+def check_ignore_index(ignore_index: Any) -> None:
+    """An int that an int64 holds."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {describe(ignore_index)}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit into 64 bits, got {describe(ignore_index)}")
+
+
 def check_labels_in_range(labels: torch.Tensor, vocabulary: int, ignore_index: int) -> None:
-    """Labels in [0, V) or ``ignore_index``, where nothing predicts them too; on CPU."""
+    """int64 labels in [0, V) or ``ignore_index``, where nothing predicts them too; on CPU."""
     if not values_are_readable(labels) or not labels.numel():
         return
     low, high = (int(x) for x in torch.aminmax(labels.masked_fill(labels == ignore_index, 0)))
@@ -149,8 +187,15 @@ def check_overwrite(logits: torch.Tensor) -> None:
         )
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(f"overwrite_logits=True needs logits with last stride 1, got strides {logits.stride()}")
-    if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
-        raise ValueError(f"overwrite_logits=True needs logits of their own memory, got strides {logits.stride()}")
+    # Each dimension has to step past all that the finer ones reach.
+    reach = 0
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            raise ValueError(
+                f"overwrite_logits=True needs logits of which no two share a place in memory, got strides "
+                f"{logits.stride()} for shape {tuple(logits.shape)}"
+            )
+        reach += stride * (size - 1)
 
 
 def check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:

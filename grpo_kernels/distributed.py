@@ -11,6 +11,11 @@ def is_distributed(process_group: dist.ProcessGroup | None = None) -> bool:
     return process_group is not None or (dist.is_available() and dist.is_initialized())
 
 
+def is_process_group(group: object) -> bool:
+    """Whether this is a group of ranks that this rank belongs to, or None for the default one."""
+    return group is None or (dist.is_available() and isinstance(group, dist.ProcessGroup))
+
+
 def world_size(process_group: dist.ProcessGroup | None = None) -> int:
     """Ranks in the group (None: the default group where one is initialised, else 1)."""
     return dist.get_world_size(process_group) if is_distributed(process_group) else 1

@@ -15,7 +15,9 @@ import torch
 from .autograd import PreferenceTail, SequenceSum, TokenLogps
 from .backends import Backend
 from .checks import (
+    check_flag,
     check_group_ids,
+    check_ignore_index,
     check_labels_in_range,
     check_lengths,
     check_logits,
@@ -24,6 +26,7 @@ from .checks import (
     check_pairs,
     check_sums,
     describe,
+    is_dense,
 )
 from .group_weights import GroupWeights
 from .ops import pick
@@ -83,10 +86,12 @@ def fused_grpo_loss(
     """
     check_logits(logits, labels, cu_seqlens)
     check_loss_settings(beta, loss_type, label_smoothing)
+    check_flag("length_normalize", length_normalize)
     num_sequences = logits.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     check_pairs("logits" if cu_seqlens is None else "cu_seqlens", num_sequences)
     arguments = _Pairs.check(num_sequences, logits.device, ref_logps, group_ids, group_weights, pair_weights)
     targets = _checked_targets(logits.shape[-1], labels, ignore_index, shift, cu_seqlens)
+    check_flag("overwrite_logits", overwrite_logits)
     if overwrite_logits:
         check_overwrite(logits)
     chosen = pick(backend, logits.device, logits.dtype)
@@ -95,7 +100,7 @@ def fused_grpo_loss(
         "loss_type": LOSS_TYPES.index(loss_type),
         "beta": float(beta),
         "label_smoothing": float(label_smoothing),
-        "length_normalize": bool(length_normalize),
+        "length_normalize": length_normalize,
         "ignore_index": ignore_index,
     }
     return _tail(token_rows, targets, cu_seqlens, None, arguments, settings, chosen)
@@ -132,7 +137,7 @@ def preference_loss(
 
     Source: Ramesh et al. 2024 (arXiv 2405.20304), equations 6 and 10.
     """
-    if not isinstance(policy_logps, torch.Tensor) or policy_logps.dtype not in (torch.float32, torch.float64):
+    if not is_dense(policy_logps) or policy_logps.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"policy_logps must be a float32 or float64 tensor, got {describe(policy_logps)}")
     if policy_logps.dim() != 1:
         raise ValueError(f"policy_logps must have shape (2B,), got {describe(policy_logps)}")
@@ -234,7 +239,7 @@ class _Pairs:
     ) -> _Pairs:
         if isinstance(group_weights, GroupWeights):
             num_groups, weights_device = group_weights.num_groups, group_weights.log_alpha.device
-        elif isinstance(group_weights, torch.Tensor) and group_weights.is_floating_point():
+        elif is_dense(group_weights) and group_weights.is_floating_point():
             if group_weights.dim() != 1 or not group_weights.numel():
                 raise ValueError(f"group_weights must have shape (G,), G >= 1, got {describe(group_weights)}")
             num_groups, weights_device = group_weights.shape[0], group_weights.device
@@ -273,6 +278,7 @@ def _token_rows(
     """Checks; then the log-probability that each row of logits gives its target, and the number of sequences."""
     check_logits(logits, labels, cu_seqlens)
     targets = _checked_targets(logits.shape[-1], labels, ignore_index, shift, cu_seqlens)
+    check_flag("overwrite_logits", overwrite_logits)
     if overwrite_logits:
         check_overwrite(logits)
     chosen = pick(backend, logits.device, logits.dtype)
@@ -284,10 +290,10 @@ def _checked_targets(
     vocabulary: int, labels: torch.Tensor, ignore_index: int, shift: bool, cu_seqlens: torch.Tensor | None
 ) -> torch.Tensor:
     """(rows,) int64: the word that each row has to predict.  Shifting labels spares copying logits."""
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {describe(ignore_index)}")
-    check_labels_in_range(labels, vocabulary, ignore_index)
+    check_flag("shift", shift)
+    check_ignore_index(ignore_index)
     targets = labels.reshape(-1).long()
+    check_labels_in_range(targets, vocabulary, ignore_index)
     if shift and targets.numel():
         targets = targets.roll(-1)
         if cu_seqlens is None:

@@ -7,20 +7,33 @@ and from the p_t on everything is as in ``functional.py``.  The logits themselve
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 
 from . import autograd
 from .autograd import SequenceSum
-from .checks import check_cu_seqlens, check_device, check_integers, check_loss_settings, check_pairs, describe
+from .checks import (
+    check_cu_seqlens,
+    check_device,
+    check_flag,
+    check_floating,
+    check_integers,
+    check_loss_settings,
+    check_number,
+    check_pairs,
+    describe,
+    is_dense,
+)
 from .functional import _checked_targets, _Pairs, _tail
 from .group_weights import GroupWeights
 from .linear_ops import tile_backend
 from .linear_plan import Call
 from .ops import pick
 from .types import IGNORE_INDEX, LOSS_TYPES, GroupLossOutput, LossType
+
+_LEAST_SCALE, _MOST_SCALE = 1e-18, 1e18
+"""Of ``softcap`` and ``logit_scale``: float32 has to hold the one over the other."""
 
 
 def fused_linear_grpo_loss(
@@ -58,8 +71,9 @@ def fused_linear_grpo_loss(
         labels: int64 or int32, shape of hidden without H: token ids, ``ignore_index`` at prompt and padding.  Rows
             without a label cost nothing.
         bias: (V,) of the LM head, floating; None for none.
-        softcap: > 0, bound on the logits (Gemma); None for none.
-        logit_scale: finite and not 0, multiplies the logits before the cap (Cohere; Granite divides by its scaling).
+        softcap: > 0, bound on the logits (Gemma), in [1e-18, 1e18]; None for none.
+        logit_scale: not 0, of a size in the same range, multiplies the logits before the cap (Cohere; Granite divides
+            by its scaling).
         memory_budget: what forward may keep for backward when the head trains: bytes (int; 0 keeps nothing and makes
             every tile of logits twice), a share of the device's memory (float in [0, 1]), or "auto", a tenth.
         num_labelled: how many labels are scored (after ``shift``), which spares one wait for the device; a wrong
@@ -78,6 +92,7 @@ def fused_linear_grpo_loss(
     Source: Ramesh et al. 2024 (arXiv 2405.20304), equations 6 and 10 and Algorithm 1.
     """
     check_loss_settings(beta, loss_type, label_smoothing)
+    check_flag("length_normalize", length_normalize)
     head = _Head(bias, softcap, logit_scale, memory_budget, num_labelled)
     sequences = _check_inputs(hidden, weight, labels, cu_seqlens, head)
     check_pairs("hidden" if cu_seqlens is None else "cu_seqlens", sequences)
@@ -87,7 +102,7 @@ def fused_linear_grpo_loss(
         "loss_type": LOSS_TYPES.index(loss_type),
         "beta": float(beta),
         "label_smoothing": float(label_smoothing),
-        "length_normalize": bool(length_normalize),
+        "length_normalize": length_normalize,
         "ignore_index": ignore_index,
     }
     chosen = pick(backend, hidden.device, rows.dtype)
@@ -211,8 +226,7 @@ def _gemm_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
 def _check_inputs(hidden: Any, weight: Any, labels: Any, cu_seqlens: Any, head: _Head) -> int:
     """Everything about one call but the pairs and the labels' values; returns the number of sequences."""
     for name, tensor in (("hidden", hidden), ("weight", weight)):
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            raise TypeError(f"{name} must be a floating tensor, got {describe(tensor)}")
+        check_floating(name, tensor)
     dims = 3 if cu_seqlens is None else 2
     if hidden.dim() != dims:
         shape = "(2B, T, H), padded" if dims == 3 else "(rows, H), packed, where cu_seqlens is given"
@@ -235,19 +249,24 @@ def _check_inputs(hidden: Any, weight: Any, labels: Any, cu_seqlens: Any, head: 
 def _check_head(head: _Head, weight: torch.Tensor) -> None:
     bias, softcap, logit_scale, budget, num_labelled = head
     if bias is not None:
-        if not isinstance(bias, torch.Tensor) or not bias.is_floating_point():
+        if not is_dense(bias) or not bias.is_floating_point():
             raise TypeError(f"bias must be a floating tensor or None, got {describe(bias)}")
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must have shape ({weight.shape[0]},), as weight has words, got {describe(bias)}")
         check_device("bias", bias, weight.device)
-    if softcap is not None and not (_is_number("softcap", softcap) and 0 < softcap < math.inf):
-        raise ValueError(f"softcap must be positive and finite, or None for no cap, got {softcap!r}")
-    if not (_is_number("logit_scale", logit_scale) and math.isfinite(logit_scale) and logit_scale != 0):
-        raise ValueError(f"logit_scale must be finite and not 0, got {logit_scale!r}")
+    if softcap is not None and not _LEAST_SCALE <= check_number("softcap", softcap) <= _MOST_SCALE:
+        raise ValueError(
+            f"softcap must be positive, in [{_LEAST_SCALE:g}, {_MOST_SCALE:g}], or None for no cap, got {softcap!r}"
+        )
+    if not _LEAST_SCALE <= abs(check_number("logit_scale", logit_scale)) <= _MOST_SCALE:
+        raise ValueError(
+            f"logit_scale must be finite and not 0, of a size in [{_LEAST_SCALE:g}, {_MOST_SCALE:g}], "
+            f"got {logit_scale!r}"
+        )
     if isinstance(budget, str):
         if budget != "auto":
             raise ValueError(f"memory_budget must be 'auto', bytes or a share of memory, got {budget!r}")
-    elif _is_number("memory_budget", budget) and not budget >= 0:
+    elif not check_number("memory_budget", budget) >= 0:
         raise ValueError(f"memory_budget must not be negative, got {budget!r}")
     elif isinstance(budget, float) and budget > 1:
         raise ValueError(
@@ -258,9 +277,3 @@ def _check_head(head: _Head, weight: torch.Tensor) -> None:
             raise TypeError(f"num_labelled must be an int or None, got {describe(num_labelled)}")
         if num_labelled < 0:
             raise ValueError(f"num_labelled must not be negative, got {num_labelled}")
-
-
-def _is_number(name: str, value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {describe(value)}")
-    return True

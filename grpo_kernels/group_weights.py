@@ -12,17 +12,27 @@ Source: Ramesh et al. 2024 (arXiv 2405.20304), Algorithm 1; the size adjustment 
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Integral
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from .distributed import all_reduce_sum_, world_size
+from .checks import describe
+from .distributed import all_reduce_sum_, is_process_group, world_size
+from .group_checks import (
+    check_in,
+    check_logarithms,
+    check_step,
+    check_vector,
+    names_and_sizes,
+    prior_of,
+    saved_order,
+    saved_vector,
+    simplex,
+)
 
 Estimator = Literal["importance", "group_mean"]
 Prior = Literal["uniform", "proportional"] | torch.Tensor
@@ -43,28 +53,20 @@ def exponentiated_step(
         log_alpha: (..., G) log weights, float64 for long runs; need not be normalised.
         group_losses: (..., G) the group losses L_g, any float dtype; broadcasts against ``log_alpha``.
         group_lr: eta_alpha >= 0; a tensor broadcasts (one rate a seed, say, as (S, 1)).
-        adjustment: C / sqrt(N_g), added to the losses in the exponent only; (G,) or a scalar.
+        adjustment: C / sqrt(N_g), added to the losses in the exponent only; a tensor broadcasts.
 
     Returns:
         (..., G) normalised log weights in the dtype of ``log_alpha``; the input is not changed.
 
     Raises:
-        TypeError: ``log_alpha`` is not a floating tensor.
-        ValueError: the last dimensions differ, or ``group_lr`` is a negative or non-finite number.
+        TypeError, ValueError: naming the argument, the rule and what came.
 
     Source: Ramesh et al. 2024, Algorithm 1, lines 6 and 7.
     """
-    if not (isinstance(log_alpha, torch.Tensor) and log_alpha.is_floating_point()):
-        raise TypeError(f"log_alpha must be a floating tensor, got {_describe(log_alpha)}")
-    if not isinstance(group_losses, torch.Tensor) or log_alpha.shape[-1:] != group_losses.shape[-1:]:
-        raise ValueError(
-            f"group_losses must be a tensor with the last dimension of log_alpha {tuple(log_alpha.shape)}, "
-            f"got {_describe(group_losses)}"
-        )
-    if not isinstance(group_lr, torch.Tensor):
-        _check_number("group_lr", group_lr, low=0.0)
-    exponent = log_alpha + group_lr * (group_losses.to(log_alpha.dtype) + adjustment)
-    return exponent.log_softmax(dim=-1)
+    check_step(log_alpha, group_losses, group_lr, adjustment)
+    rate, extra = (x if isinstance(x, torch.Tensor) else float(x) for x in (group_lr, adjustment))
+    exponent = log_alpha + rate * (group_losses.to(log_alpha.dtype) + extra)
+    return exponent.log_softmax(dim=-1).to(log_alpha.dtype)
 
 
 class GroupWeights(nn.Module):
@@ -113,12 +115,17 @@ class GroupWeights(nn.Module):
         process_group: Any = None,
     ) -> None:
         super().__init__()
-        self.names, sizes = _names_and_sizes(group_sizes)
-        _check_number("group_lr", group_lr, low=0.0)
-        _check_number("mixing", mixing, low=0.0, high=1.0)
-        _check_number("size_adjustment", size_adjustment, low=0.0)
-        if estimator not in ("importance", "group_mean"):
-            raise ValueError(f"estimator must be 'importance' or 'group_mean', got {estimator!r}")
+        self.names, sizes = names_and_sizes(group_sizes)
+        check_in("group_lr", group_lr, low=0.0)
+        check_in("mixing", mixing, low=0.0, high=1.0)
+        check_in("size_adjustment", size_adjustment, low=0.0)
+        if not isinstance(estimator, str) or estimator not in ("importance", "group_mean"):
+            raise ValueError(f"estimator must be 'importance' or 'group_mean', got {describe(estimator)}")
+        if not is_process_group(process_group):
+            raise TypeError(
+                "process_group must be None or a group of torch.distributed that this rank belongs to, "
+                f"got {describe(process_group)}"
+            )
         self.group_lr = float(group_lr)
         self.estimator: Estimator = estimator
         self.mixing = float(mixing)
@@ -127,11 +134,11 @@ class GroupWeights(nn.Module):
 
         counts = torch.tensor(sizes, dtype=torch.float64)
         share = counts / counts.sum()
-        q = share if sampling_probs is None else _simplex("sampling_probs", sampling_probs, len(sizes))
-        start = _prior(prior, share)
+        q = share if sampling_probs is None else simplex("sampling_probs", sampling_probs, len(sizes))
+        start = prior_of(prior, share)
         self.register_buffer("prior", start, persistent=False)
         self.register_buffer("sampling_probs", q, persistent=False)
-        self.register_buffer("adjustment", size_adjustment / counts.sqrt(), persistent=False)
+        self.register_buffer("adjustment", float(size_adjustment) / counts.sqrt(), persistent=False)
         self.register_buffer("log_alpha", start.log())
         # Sums of losses (G,), counts (G,), total loss, pairs: what one all-reduce carries.
         self.register_buffer("pending", torch.zeros(2 * len(sizes) + 2, dtype=torch.float64))
@@ -224,7 +231,13 @@ class GroupWeights(nn.Module):
             group_sums: (G,) sum of losses over this batch's pairs of each group.
             group_counts: (G,) this batch's pairs of each group.
             losses: (B,) all losses of the batch, to tell whether it is finite.
+
+        Raises:
+            ValueError: naming the argument, the rule and what came; nothing was added.
         """
+        for name, tensor in (("group_sums", group_sums), ("group_counts", group_counts)):
+            check_vector(name, tensor, self.num_groups, self.pending.device)
+        check_vector("losses", losses, None, self.pending.device)
         num_pairs = losses.shape[0]
         total = losses.sum(dtype=torch.float64).reshape(1)
         self.pending += torch.cat([group_sums.double(), group_counts.double(), total, total.new_full((1,), num_pairs)])
@@ -308,78 +321,15 @@ class GroupWeights(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         key = f"{prefix}_extra_state"
         if key in state_dict:
-            saved = [str(name) for name in state_dict[key]["names"]]
-            if sorted(saved) != sorted(self.names):
-                raise ValueError(
-                    f"the state was saved for groups {saved}, this GroupWeights has {list(self.names)}; "
-                    "weights cannot be carried over between different sets of groups"
-                )
-            order = torch.tensor([saved.index(name) for name in self.names])
+            order = saved_order(state_dict[key], self.names)
             state_dict = dict(state_dict)
             groups = len(order)
             if f"{prefix}log_alpha" in state_dict:
                 # float64 whatever was saved: load_state_dict(assign=True) would take over the dtype too.
-                state_dict[f"{prefix}log_alpha"] = state_dict[f"{prefix}log_alpha"].double()[order]
+                log_alpha = saved_vector(state_dict, f"{prefix}log_alpha", groups)
+                check_logarithms(f"{prefix}log_alpha", log_alpha)
+                state_dict[f"{prefix}log_alpha"] = log_alpha.double()[order]
             if f"{prefix}pending" in state_dict:
                 rows = torch.cat([order, order + groups, torch.tensor([2 * groups, 2 * groups + 1])])
-                state_dict[f"{prefix}pending"] = state_dict[f"{prefix}pending"][rows]
+                state_dict[f"{prefix}pending"] = saved_vector(state_dict, f"{prefix}pending", 2 * groups + 2)[rows]
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _names_and_sizes(group_sizes: Any) -> tuple[tuple[str, ...], list[int]]:
-    if isinstance(group_sizes, Mapping):
-        names, sizes = [str(name) for name in group_sizes], list(group_sizes.values())
-    elif not isinstance(group_sizes, str) and (isinstance(group_sizes, Sequence) or hasattr(group_sizes, "tolist")):
-        # Counts come from torch.bincount and numpy.bincount as often as from a list.
-        sizes = group_sizes.tolist() if hasattr(group_sizes, "tolist") else list(group_sizes)
-        names = [str(i) for i in range(len(sizes))]
-    else:
-        raise TypeError(f"group_sizes must be a mapping name -> size or a sequence, got {_describe(group_sizes)}")
-    if not sizes:
-        raise ValueError("group_sizes must name at least one group, got none")
-    if len(set(names)) != len(names):
-        raise ValueError(f"group_sizes must have distinct names once written as text, got {names}")
-    for name, size in zip(names, sizes, strict=True):
-        if isinstance(size, bool) or not isinstance(size, Integral):
-            raise TypeError(f"group_sizes must be integers, got {size!r} for group {name!r}")
-        if size <= 0:
-            raise ValueError(f"group_sizes must be positive (N_g, pairs in the training set), got {size} for {name!r}")
-    return tuple(names), [int(size) for size in sizes]
-
-
-def _prior(prior: Any, share: torch.Tensor) -> torch.Tensor:
-    if isinstance(prior, str):
-        if prior == "uniform":
-            return torch.full_like(share, 1 / len(share))
-        if prior == "proportional":
-            return share.clone()
-        raise ValueError(f"prior must be 'uniform', 'proportional' or {len(share)} numbers, got {prior!r}")
-    return _simplex("prior", prior, len(share))
-
-
-def _simplex(name: str, values: Any, groups: int) -> torch.Tensor:
-    """Positive numbers, one a group, that sum to 1 (to 1e-3; the rest is rounding and is normalised away)."""
-    try:
-        tensor = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must be {groups} numbers, got {_describe(values)}") from error
-    if tensor.shape != (groups,):
-        raise ValueError(f"{name} must have shape ({groups},), one number a group, got {tuple(tensor.shape)}")
-    if not bool(tensor.isfinite().all()) or not bool((tensor > 0).all()):
-        raise ValueError(f"{name} must be positive and finite, got {tensor.tolist()}")
-    if abs(float(tensor.sum()) - 1) > 1e-3:
-        raise ValueError(f"{name} must sum to 1, got {float(tensor.sum()):g}")
-    return tensor / tensor.sum()
-
-
-def _check_number(name: str, value: Any, *, low: float, high: float = math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {_describe(value)}")
-    if not (low <= value <= high and math.isfinite(value)):
-        raise ValueError(f"{name} must be in [{low:g}, {high:g}] and finite, got {value!r}")
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
-    return f"{type(value).__name__} {value!r}"[:120]

@@ -170,10 +170,10 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
         ValueError: no backend has this name.
         UnavailableBackendError: the one named is not here, or does not take this dtype on this device.
     """
+    if not (isinstance(name, str) and (name == "auto" or name in _MODULES)):
+        raise ValueError(f"backend must be 'auto' or one of {sorted(_MODULES)}, got {name!r}"[:200])
     if name == "auto":
         return _choose_auto(device, dtype)
-    if name not in _MODULES:
-        raise ValueError(f"backend must be 'auto' or one of {sorted(_MODULES)}, got {name!r}")
     reason = _unavailable_reason(name)
     if reason is None:
         reason = _load(name).unsupported_reason(device, dtype)

@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "linear_head": {"types", "checks", "backends", "distributed", "ops", "linear_plan"},
     "linear_ops": {"types", "backends", "linear_plan", "linear_head"},
     "autograd": {"types", "backends", "distributed", "ops", "linear_plan", "linear_ops"},
-    "group_weights": {"types", "distributed"},
+    "group_checks": {"checks"},
+    "group_weights": {"types", "checks", "group_checks", "distributed"},
     "functional": {"types", "checks", "backends", "ops", "linear_head", "autograd", "group_weights"},
     "functional_linear": {
         "types",
