@@ -7,16 +7,20 @@ The loss is :func:`fused_grpo_loss`; the weights of the groups live in :class:`G
 from .backends import backends
 from .functional import fused_grpo_loss, preference_loss, sequence_logps, token_logps
 from .functional_linear import fused_linear_grpo_loss, linear_sequence_logps, linear_token_logps
+from .fused_head import FusedHead, FusedHeadOutput, attach_fused_head
 from .group_weights import GroupWeights, exponentiated_step
 from .types import GroupLossOutput, LossType, UnavailableBackendError
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FusedHead",
+    "FusedHeadOutput",
     "GroupLossOutput",
     "GroupWeights",
     "LossType",
     "UnavailableBackendError",
+    "attach_fused_head",
     "backends",
     "exponentiated_step",
     "fused_grpo_loss",

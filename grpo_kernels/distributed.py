@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 import torch.distributed as dist
 
@@ -26,3 +28,15 @@ def all_reduce_sum_(tensor: torch.Tensor, process_group: dist.ProcessGroup | Non
     if is_distributed(process_group):
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=process_group)
     return tensor
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Free what FSDP2 gathered for a forward that no backward follows; its parameters are the shards again.
+
+    Until then ``model.parameters()`` would give an optimizer the gathered copies.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None:  # else nobody has imported it, and nothing is sharded
+        for module in model.modules():
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()

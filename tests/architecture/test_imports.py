@@ -39,6 +39,7 @@ MAY_IMPORT = {
         "functional",
         "group_weights",
     },
+    "fused_head": {"types", "checks", "distributed", "functional_linear"},
 }
 """The core, module by module: what each may import from this package.  The list is the order of the house."""
 
