@@ -117,6 +117,7 @@ def preference_loss(
     label_smoothing: float = 0.0,
     lengths: torch.Tensor | None = None,
     pair_weights: torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> GroupLossOutput:
     """Group-robust preference loss for who has sequence log-probabilities already.
 
@@ -126,14 +127,14 @@ def preference_loss(
         policy_logps: (2B,) float32 or float64 summed log-probabilities in nats, the B chosen first.
         lengths: (2B,) numbers that divide policy and reference before the margin, anything under 1 counting as 1 (a
             reply without labels); None for no normalising.
-        ref_logps, group_ids, group_weights, beta, loss_type, label_smoothing, pair_weights: as in
+        ref_logps, group_ids, group_weights, beta, loss_type, label_smoothing, pair_weights, backend: as in
             :func:`fused_grpo_loss`.
 
     Returns:
         GroupLossOutput, in the dtype of ``policy_logps``.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`fused_grpo_loss`.
+        TypeError, ValueError, UnavailableBackendError, RuntimeError: as :func:`fused_grpo_loss`.
 
     Source: Ramesh et al. 2024 (arXiv 2405.20304), equations 6 and 10.
     """
@@ -155,7 +156,7 @@ def preference_loss(
         "ignore_index": IGNORE_INDEX,
     }
     divisors = policy_logps.new_ones(num_sequences, dtype=torch.float64) if lengths is None else lengths.double()
-    chosen = pick("auto", device, policy_logps.dtype)
+    chosen = pick(backend, device, policy_logps.dtype)
     # A sequence of one token each: the sums below are the log-probabilities themselves.
     return _tail(policy_logps.contiguous(), None, None, divisors, arguments, settings, chosen)
 

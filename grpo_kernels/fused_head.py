@@ -261,7 +261,7 @@ def _try_out(fused: FusedHead, model: nn.Module, example: Mapping[str, Any] | No
     labels = torch.full_like(inputs["input_ids"], fused.options["ignore_index"])
     fused._trial, fused._differences = True, []
     try:
-        with torch.no_grad(), _in_eval_mode(model):
+        with torch.no_grad(), _in_eval_mode(model), torch.compiler.set_stance("force_eager"):
             model(**inputs, fused_labels=labels)
     except (ValueError, TypeError, RuntimeError) as error:
         if example is not None or isinstance(error, UnavailableBackendError):
