@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -34,6 +35,9 @@ grpo-kernels COMMAND --help says more; --version prints the version.
 _TRAIN_ABOUT = """\
 Train on preference pairs in groups.  Every setting is a flag, or an entry of a YAML file given with --config; flags
 after the file win.  The pairs are JSON objects with prompt, chosen, rejected and group, one a line.
+
+On several devices: torchrun --nproc-per-node N -m grpo_kernels.cli train ...; batch_size counts the pairs of all N
+processes together, so that the run goes as it does in one.
 """
 
 _EVAL_ABOUT = """\
@@ -80,6 +84,10 @@ def _guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
         code = _exit_code(error)
         if code is None:
             raise
+        if _is_peers(error) and _rank() > 0:
+            # The first rank says it; torchrun ends all ranks as soon as one is gone, so it gets the time to.
+            time.sleep(1)
+            return code
         return _fail(str(error) or type(error).__name__, code)
 
 
@@ -89,6 +97,9 @@ def _exit_code(error: Exception) -> int | None:
 
     if isinstance(error, (ValueError, TypeError, ImportError, OSError, UnavailableBackendError)):
         return 2
+    if _is_peers(error):
+        fault = isinstance(error.__cause__, Exception) and _exit_code(error.__cause__) is None
+        return None if fault else 1
     module = sys.modules.get("grpo_kernels.trainer.checkpoint")
     if module is not None and isinstance(error, module.CheckpointError):
         return 2
@@ -96,12 +107,26 @@ def _exit_code(error: Exception) -> int | None:
     return 1 if module is not None and isinstance(error, module.NonFiniteError) else None
 
 
+def _is_peers(error: Exception) -> bool:
+    """Whether it went wrong on another rank, or on all."""
+    module = sys.modules.get("grpo_kernels.trainer.distributed")
+    return module is not None and isinstance(error, module.PeerError)
+
+
+def _rank() -> int:
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() else 0
+
+
 def _fail(message: str, code: int = 2) -> int:
-    print(f"grpo-kernels: error: {' '.join(message.split())}", file=sys.stderr)
+    who = f"rank {_rank()}: " if _rank() > 0 else ""
+    print(f"grpo-kernels: error: {who}{' '.join(message.split())}", file=sys.stderr)
     return code
 
 
 def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
+    if _rank() > 0:
+        return  # the first rank has the same to say
     print(f"grpo-kernels: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
@@ -114,7 +139,7 @@ def _train(arguments: list[str]) -> int:
     from .trainer.loop import train
 
     train(config)
-    if not config.quiet:
+    if not config.quiet and _rank() == 0:
         print(f"\nthe model is in {Path(config.run_dir) / 'final'}; grpo-kernels plot {config.run_dir} draws the run")
     return 0
 
@@ -122,6 +147,8 @@ def _train(arguments: list[str]) -> int:
 def _eval(arguments: list[str]) -> int:
     from .trainer.evaluate_model import EvalConfig, defaults_for, evaluate_model, groups_of
 
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("eval runs in one process: start it without torchrun")
     usage = "grpo-kernels eval RUN_DIR|MODEL [--data.test FILE] [--reference MODEL] [--SECTION.SETTING VALUE ...]"
     target, rest = (
         (arguments[0], arguments[1:]) if arguments and not arguments[0].startswith("-") else (None, arguments)

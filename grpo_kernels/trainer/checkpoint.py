@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
+from .distributed import ALONE, Ranks
 from .run_directory import remove, sync_file, sync_folder, write_atomically
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -213,9 +214,17 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str,
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
+    ranks: Ranks = ALONE,
 ) -> None:
     """The inverse of :func:`optimizer_tensors`; scalar counters stay on the CPU, as torch keeps them.
+
+    Args:
+        optimizer, parameters: of this run; the state of a sharded parameter is sharded as it is.
+        tensors: in full on the first rank, see :meth:`Ranks.like`; scalars on all.
+        ranks: of the run.
 
     Raises:
         CheckpointError: state of a parameter that is not trained here.
@@ -229,12 +238,20 @@ def restore_optimizer(
             )
         parameter = parameters[name]
         state = optimizer.state.setdefault(parameter, {})
-        state[entry] = tensor.clone() if entry == "step" else tensor.to(parameter.device).clone()
+        state[entry] = tensor.clone() if entry == "step" else ranks.like(parameter, tensor)
 
 
 @torch.no_grad()
-def restore_tensors(into: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], what: str) -> None:
+def restore_tensors(
+    into: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], what: str, ranks: Ranks = ALONE
+) -> None:
     """Copy tensors into others of the same names and shapes.
+
+    Args:
+        into: of this run, sharded or not.
+        tensors: in full on the first rank, see :meth:`Ranks.like`.
+        what: they are, for the message.
+        ranks: of the run.
 
     Raises:
         CheckpointError: a name is missing or superfluous, or a shape or dtype differs.
@@ -249,7 +266,7 @@ def restore_tensors(into: Mapping[str, torch.Tensor], tensors: Mapping[str, torc
                 f"the checkpoint's {what} does not fit: {name} is {tensor.dtype} {tuple(tensor.shape)} in it, "
                 f"{target.dtype} {tuple(target.shape)} here"
             )
-        target.copy_(tensor)
+        target.copy_(ranks.like(target, tensor))
 
 
 def random_state() -> tuple[Tensors, dict[str, Any]]:

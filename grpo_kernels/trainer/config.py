@@ -143,6 +143,19 @@ class SupervisedConfig:
 
 
 @dataclass
+class DistributedConfig:
+    """Several processes, started by ``torchrun --nproc-per-node N -m grpo_kernels.cli train ...``."""
+
+    strategy: Literal["ddp", "fully_shard"] = "ddp"
+    """Every process holds the model and gradients are averaged; or parameters, gradients and the optimizer's state are
+    split over the processes, block by block (FSDP2)."""
+    find_unused_parameters: bool = False
+    """Of ddp: for a model of which a step does not use every parameter."""
+    timeout_minutes: float = 30.0
+    """How long a process waits for another before it gives up."""
+
+
+@dataclass
 class TrainConfig:
     """One run."""
 
@@ -156,9 +169,10 @@ class TrainConfig:
     steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 64
-    """Pairs in an optimizer step."""
+    """Pairs in an optimizer step, over all processes together; each takes an equal share."""
     micro_batch_size: int | None = None
-    """Pairs in one forward and backward; None: the whole batch.  Must divide batch_size."""
+    """Pairs in one forward and backward of one process, at most; None: its whole share.  Must divide batch_size; if
+    less, the group weights lag by one step, however many processes there are."""
     sampling: Literal["shuffle", "categorical", "balanced"] = "shuffle"
     """Epochs without replacement; a group by its share and then a pair of it (the paper); groups in equal shares."""
     bf16: bool = False
@@ -183,6 +197,7 @@ class TrainConfig:
     groups: GroupsConfig = field(default_factory=GroupsConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     supervised: SupervisedConfig = field(default_factory=SupervisedConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def check(self) -> None:
         """Every rule that can be told from the configuration alone.
@@ -231,6 +246,8 @@ class TrainConfig:
         _require(supervised.steps >= 0, "supervised.steps", "must not be negative", supervised.steps)
         _require(supervised.batch_size >= 1, "supervised.batch_size", "must be at least 1", supervised.batch_size)
         _require(_finite(supervised.lr) and supervised.lr > 0, "supervised.lr", "must be positive", supervised.lr)
+        minutes = self.distributed.timeout_minutes
+        _require(_finite(minutes) and minutes > 0, "distributed.timeout_minutes", "must be positive", minutes)
         if self.model.lora is not None:
             _require(self.model.lora.rank >= 1, "model.lora.rank", "must be at least 1", self.model.lora.rank)
 

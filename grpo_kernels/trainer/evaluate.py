@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .config import LossConfig
+from .distributed import ALONE, Ranks
 from .scoring import group_loss, reply_logps
 
 
@@ -163,6 +164,8 @@ def frozen(model: torch.nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(training)
+        if hasattr(model, "reshard"):
+            model.reshard()  # the root of a sharded model holds its weights for a backward, which does not come here
 
 
 def pair_logps(
@@ -174,6 +177,7 @@ def pair_logps(
     batch_size: int = 32,
     device: torch.device | str = "cpu",
     bf16: bool = False,
+    ranks: Ranks = ALONE,
 ) -> torch.Tensor:
     """Summed log-probabilities of every reply of a data set, without gradients.
 
@@ -185,18 +189,20 @@ def pair_logps(
         batch_size: pairs in one forward pass.
         device: where the batch goes.
         bf16: autocast the forward pass.
+        ranks: that share the work, batch by batch; all must call.
 
     Returns:
         (N, 2) float32 on the CPU, chosen and rejected, in nats.
     """
     device = torch.device(device)
-    logps = torch.empty(len(dataset.pairs), 2)
+    logps = torch.zeros(len(dataset.pairs), 2)
     with frozen(model):
-        for indices in batches_by_length(dataset, batch_size):
+        for indices, ours in ranks.deal(list(batches_by_length(dataset, batch_size))):
             batch = collate([dataset.pairs[i] for i in indices])
             sums = reply_logps(model, {name: tensor.to(device) for name, tensor in batch.items()}, loss, bf16=bf16)
-            logps[indices] = sums.view(2, -1).t().float().cpu()
-    return logps
+            if ours:
+                logps[indices] = sums.view(2, -1).t().float().cpu()
+    return ranks.sum(logps)  # zeros where another rank was
 
 
 def evaluate(
@@ -209,6 +215,7 @@ def evaluate(
     batch_size: int = 32,
     device: torch.device | str = "cpu",
     bf16: bool = False,
+    ranks: Ranks = ALONE,
 ) -> GroupReport:
     """Evaluate a model on pairs in groups.
 
@@ -221,6 +228,7 @@ def evaluate(
         batch_size: pairs in one forward pass.
         device: where batches go.
         bf16: autocast the forward pass.
+        ranks: that share the work, batch by batch; all must call, and all get the report.
 
     Returns:
         GroupReport.
@@ -234,17 +242,17 @@ def evaluate(
         raise ValueError("dataset must hold at least one pair to be evaluated, got none")
     if ref_logps is not None and ref_logps.shape != (num_pairs, 2):
         raise ValueError(f"ref_logps must have shape ({num_pairs}, 2), got {tuple(ref_logps.shape)}")
-    losses = torch.empty(num_pairs, dtype=torch.float64)
-    margins = torch.empty(num_pairs, dtype=torch.float64)
+    scores = torch.zeros(2, num_pairs, dtype=torch.float64)
     even = torch.ones(num_groups, device=device)
     with frozen(model):
-        for indices in batches_by_length(dataset, batch_size):
+        for indices, ours in ranks.deal(list(batches_by_length(dataset, batch_size))):
             batch = collate([dataset.pairs[i] for i in indices])
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             reference = None if ref_logps is None else ref_logps[indices].t().reshape(-1).to(device)
             out = group_loss(model, batch, reference, even, loss, bf16=bf16)
-            losses[indices] = out.losses.double().cpu()
-            margins[indices] = out.margins.double().cpu()
+            if ours:
+                scores[:, indices] = torch.stack([out.losses, out.margins]).double().cpu()
+    losses, margins = ranks.sum(scores)  # zeros where another rank was
     group_ids = torch.tensor([pair.group_id for pair in dataset.pairs])
     counts = torch.bincount(group_ids, minlength=num_groups)
 

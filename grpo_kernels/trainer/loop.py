@@ -1,7 +1,8 @@
 """Training, start to end, in one loop: :func:`train`.
 
 A step is: draw a batch, forward, loss (in which alpha moves), backward, clip, step, project, average.  Around it: the
-reference scored once before, evaluation by group, checkpoints from which a run goes on bit for bit.
+reference scored once before, evaluation by group, checkpoints from which a run goes on bit for bit.  Under ``torchrun``
+every rank runs this loop on its slice of the same batches, and the first one writes.
 """
 
 from __future__ import annotations
@@ -9,19 +10,21 @@ from __future__ import annotations
 import random
 import sys
 import time
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import GroupLossOutput, GroupWeights
+from .. import GroupLossOutput
 from .checkpoint import clear_unfinished, load_latest, save_checkpoint, sorted_checkpoints
 from .config import TrainConfig
-from .data import PairDataset, PreferenceCollator, pair_texts, read_pairs, tokenize_pairs
+from .data import PairDataset, PreferenceCollator
+from .distributed import Policy, Ranks, local_part, open_ranks
 from .evaluate import GroupReport, evaluate
+from .inputs import Inputs, read_inputs
 from .metrics import Metrics
-from .models import check_positions, load_policy
 from .optim import (
     BallProjection,
     IterateAverage,
@@ -44,11 +47,9 @@ from .run_directory import (
     START,
     TENSORBOARD,
     RunDirectory,
-    refuse_existing,
 )
-from .sampling import GroupSampler, make_sampler
 from .scoring import group_loss
-from .state import TrainState, check_resumable
+from .state import TrainState, check_resumable, run_identity, share_checkpoint
 from .supervised import warm_up
 
 
@@ -79,7 +80,8 @@ def train(config: TrainConfig) -> RunResult:
     Args:
         config: see :class:`TrainConfig`.  With ``resume``, goes on from the last checkpoint in ``run_dir`` so that
             parameters, optimizer, alpha and metrics end with the same bits as if nothing had happened; where there is
-            no checkpoint yet, starts at the beginning.
+            no checkpoint yet, starts at the beginning.  Under ``torchrun`` every process calls this; a checkpoint of
+            one number of ranks can be resumed on another.
 
     Returns:
         RunResult.
@@ -89,89 +91,66 @@ def train(config: TrainConfig) -> RunResult:
             written.  On resuming, also a setting that differs from the checkpoint's.
         NonFiniteError: a loss or gradient is not finite; the last checkpoint stays as it was.
         CheckpointError: a checkpoint cannot be saved, or none can be read.
+        PeerError: any of these went wrong on another rank; the ranks after the first raise it for all of them.
     """
     config.check()
     began = time.monotonic()
-    refuse_existing(Path(config.run_dir), overwrite=config.overwrite, resume=config.resume)
-    device = _device(config.device)
-
-    train_pairs = read_pairs(config.data.train, config.data, split=config.data.train_split)
-    test_pairs = read_pairs(config.data.test, config.data, split=config.data.test_split) if config.data.test else []
-    model, tokenizer = load_policy(config.model, train_texts=pair_texts(train_pairs), seed=config.seed)
-    check_positions(model, config.data.max_length)
-    train_set = tokenize_pairs(train_pairs, tokenizer, config.data)
-    test_set = tokenize_pairs(test_pairs, tokenizer, config.data, groups=train_set.groups) if test_pairs else None
-    sampler = make_sampler(config.sampling, train_set.group_ids, config.batch_size, config.seed)
-    group_weights = make_group_weights(config, train_set.group_sizes, sampler.sampling_probs)
-
-    with RunDirectory(config.run_dir, overwrite=config.overwrite, resume=config.resume) as run:
-        job = _Job(config, run, device, model.to(device), tokenizer, train_set, test_set, sampler, group_weights)
-        return job.run(began)
-
-
-def make_group_weights(config: TrainConfig, group_sizes: dict[str, int], sampling_probs: list[float]) -> GroupWeights:
-    """The group weights of a method: fixed at N_g/N, fixed at 1/G, or moving."""
-    groups = config.groups
-    if groups.method == "dpo":
-        return GroupWeights.proportional(group_sizes, sampling_probs=sampling_probs)
-    if groups.method == "is_dpo":
-        return GroupWeights.balanced(group_sizes, sampling_probs=sampling_probs)
-    return GroupWeights.robust(
-        group_sizes,
-        groups.group_lr,
-        estimator=groups.estimator,
-        prior=groups.prior,
-        mixing=groups.mixing,
-        size_adjustment=groups.size_adjustment,
-        sampling_probs=sampling_probs,
-    )
+    with open_ranks(config.distributed, config.device) as ranks, ExitStack() as stack:
+        if not ranks.first:
+            config = replace(config, quiet=True)
+        with ranks.together():
+            inputs = read_inputs(config, ranks)
+        with ranks.together():
+            if ranks.size > 1:
+                ranks.require_equal(run_identity(config, inputs.model, inputs.train_set, inputs.test_set))
+            if ranks.first:
+                stack.enter_context(RunDirectory(config.run_dir, overwrite=config.overwrite, resume=config.resume))
+        return _Job(config, ranks, inputs).run(began)
 
 
 class _Job:
     """One run once its parts are there."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        run: RunDirectory,
-        device: torch.device,
-        model: Any,
-        tokenizer: Any,
-        train_set: PairDataset,
-        test_set: PairDataset | None,
-        sampler: GroupSampler,
-        group_weights: GroupWeights,
-    ) -> None:
-        self.config, self.directory, self.device = config, run, device
-        self.model, self.tokenizer, self.sampler = model, tokenizer, sampler
-        self.train_set, self.test_set = train_set, test_set
-        self.group_weights = group_weights.to(device)
-        self.collate = PreferenceCollator(tokenizer.pad_token_id)
-        self.parameters = trained_parameters(model)
+    def __init__(self, config: TrainConfig, ranks: Ranks, inputs: Inputs) -> None:
+        self.config, self.ranks, self.directory = config, ranks, Path(config.run_dir)
+        self.tokenizer, self.sampler = inputs.tokenizer, inputs.sampler
+        self.train_set, self.test_set = inputs.train_set, inputs.test_set
+        self.policy = Policy(inputs.model, config.distributed, ranks)
+        self.model = self.policy.model
+        # Beside the model and not in it: ranks agree on alpha by themselves.
+        self.group_weights = inputs.group_weights.to(ranks.device)
+        self.collate = PreferenceCollator(self.tokenizer.pad_token_id)
+        self.parameters = trained_parameters(self.model)
         self.optimizer = make_optimizer(self.parameters, config.optim)
         self.project: BallProjection | None = None
-        # The configuration is checked as a whole before; only these two know the data.
-        self.micro_batch_size = config.micro_batch_size or config.batch_size
+        self.micro_batch_size = config.micro_batch_size or config.batch_size // ranks.size
+        # By the configuration and not by this rank's share: whether alpha lags must not depend on the number of ranks.
+        self.accumulates = config.micro_batch_size not in (None, config.batch_size)
 
     def run(self, began: float) -> RunResult:
-        config, folder = self.config, self.directory / CHECKPOINTS
-        clear_unfinished(folder)
-        checkpoint = load_latest(folder) if config.resume else None
-        if checkpoint is not None:
-            check_resumable(config, checkpoint, self.train_set, self.test_set)
-        elif config.resume:
-            _say(config, f"no checkpoint in {self.directory.path}: starting at the beginning")
-        save_config(config, self.directory.path)
-        random.seed(config.seed)
-        torch.manual_seed(config.seed)
+        config, ranks, folder = self.config, self.ranks, self.directory / CHECKPOINTS
+        checkpoint = None
+        with ranks.together():
+            if ranks.first:
+                clear_unfinished(folder)
+                checkpoint = load_latest(folder) if config.resume else None
+                if checkpoint is not None:
+                    check_resumable(config, checkpoint, self.train_set, self.test_set)
+                elif config.resume:
+                    _say(config, f"no checkpoint in {self.directory}: starting at the beginning")
+                save_config(config, self.directory)
+        checkpoint = share_checkpoint(checkpoint, ranks)
+        # Streams of their own, or dropout would do the same on every rank.
+        random.seed(config.seed + (ranks.rank << 32))
+        torch.manual_seed(config.seed + (ranks.rank << 32))
 
         average = IterateAverage(self.parameters) if config.optim.average_iterates else None
-        state = TrainState(self.model, self.parameters, self.optimizer, self.group_weights, average)
+        state = TrainState(self.model, self.parameters, self.optimizer, self.group_weights, average, ranks)
         if checkpoint is not None:
             state.restore(checkpoint)
             _say(config, f"resuming after step {state.step}")
         metrics = Metrics(
-            self.directory / METRICS,
+            self.directory / METRICS if ranks.first else None,
             keep_bytes=state.metrics_bytes,
             tensorboard=self.directory / TENSORBOARD if config.tensorboard else None,
             step=state.step,
@@ -184,7 +163,8 @@ class _Job:
         except KeyboardInterrupt:
             saved = sorted_checkpoints(folder)
             last = f"the last checkpoint is {saved[-1]}; resume goes on from it" if saved else "there is no checkpoint"
-            print(f"\ninterrupted after step {state.step}: {last}", file=sys.stderr)
+            if ranks.first:
+                print(f"\ninterrupted after step {state.step}: {last}", file=sys.stderr)
             raise
         finally:
             metrics.close()
@@ -194,10 +174,10 @@ class _Job:
         """The warm-up, then the reference: the policy as it stands now, scored once on every pair."""
         config = self.config
         if config.supervised.steps:
-            warm_up(self.model, self.parameters, self.train_set, self.collate, config, metrics)
+            warm_up(self.policy, self.parameters, self.train_set, self.collate, config, metrics)
         if config.supervised.steps or config.model.name == "tiny":
             # What cannot be loaded again by name is kept, so that other pairs can be evaluated against it.
-            save_model(self.model, self.tokenizer, self.directory / START, merge=config.model.name == "tiny")
+            self._save_model(START)
         if config.optim.projection == "start":
             state.start = {name: p.detach().clone() for name, p in self.parameters.items()}
         cache = Path(config.reference_cache) if config.reference_cache else self.directory / REFERENCE
@@ -206,7 +186,8 @@ class _Job:
                 _say(config, f"reference log-probabilities of {len(dataset)} {split} pairs")
                 state.reference[split] = reference_logps(
                     cache, self.model, self.tokenizer, dataset, config.data, self.collate,
-                    loss=config.loss, batch_size=self.micro_batch_size, device=self.device, bf16=config.bf16,
+                    loss=config.loss, batch_size=self.micro_batch_size, device=self.ranks.device, bf16=config.bf16,
+                    ranks=self.ranks,
                 )  # fmt: skip
 
     def _loop(self, state: TrainState, metrics: Metrics, began: float) -> tuple[GroupReport | None, GroupReport | None]:
@@ -218,11 +199,11 @@ class _Job:
         for step in range(state.step, steps):
             rate = learning_rate(step, steps, config.optim)
             set_learning_rate(self.optimizer, rate)
-            indices = self.sampler.batch(step)
-            losses, margins, loss = self._gradients(indices, state.reference["train"])
-            norm = clip_gradients(self.parameters.values(), config.optim.max_grad_norm)
+            indices = self.sampler.whole_batch(step)
+            losses, margins, loss = self._gradients(self.sampler.batch(step), state.reference["train"])
+            norm = clip_gradients(self.parameters.values(), config.optim.max_grad_norm, self.ranks)
             self._refuse_non_finite(step + 1, indices, losses, norm)
-            if len(indices) > self.micro_batch_size:
+            if self.accumulates:
                 self.group_weights.step()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -252,7 +233,9 @@ class _Job:
                 state.metrics_bytes = metrics.sync()
                 state.seconds = earlier + time.monotonic() - began
                 saved = state.checkpoint(config, self.train_set, self.test_set)
-                save_checkpoint(self.directory / CHECKPOINTS, saved, keep=config.keep_checkpoints)
+                with self.ranks.together():
+                    if saved is not None:
+                        save_checkpoint(self.directory / CHECKPOINTS, saved, keep=config.keep_checkpoints)
             progress.advance(note)
         progress.close()
         if report is None and self.test_set is not None:  # resumed where there was nothing left to do
@@ -260,34 +243,37 @@ class _Job:
         return report, average_report
 
     def _gradients(self, indices: list[int], reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """Forward and backward of one step; (B,) losses and margins on the CPU, and the robust loss.
+        """Forward and backward of one step on this rank's share of it.
+
+        Returns:
+            (B,) losses and margins of all ranks, on the CPU, and the robust loss.
 
         Micro-batches are weighted with the alpha of the step before: the first has to be, since the losses of the last
         are not known yet, and then all should be.
         """
+        device = self.ranks.device
         outputs = []
-        total = torch.zeros((), device=self.device)
-        chunks = _chunks(indices, self.micro_batch_size)
-        for chunk in chunks:
-            batch = {name: tensor.to(self.device) for name, tensor in self._batch(chunk).items()}
-            ref_logps = reference[chunk].t().reshape(-1).to(self.device)
-            if len(chunks) == 1:
-                out = self._loss(batch, ref_logps)
-            else:
-                with self.group_weights.accumulate():
+        total = torch.zeros((), device=device)
+        for first in range(0, len(indices), self.micro_batch_size):
+            chunk = indices[first : first + self.micro_batch_size]
+            batch = {name: tensor.to(device) for name, tensor in self._batch(chunk).items()}
+            ref_logps = reference[chunk].t().reshape(-1).to(device)
+            with self.policy.accumulating(last=first + self.micro_batch_size >= len(indices)):
+                with self.group_weights.accumulate() if self.accumulates else nullcontext():
                     out = self._loss(batch, ref_logps)
-            # The loss divides by the pairs of the chunk; the step is over the whole batch.
-            loss = out.loss * (len(chunk) / len(indices))
-            loss.backward()
+                # The loss divides by the pairs of the chunk; the step is over the whole batch, and ranks, which hold
+                # equally many pairs, average.
+                loss = out.loss * (len(chunk) / len(indices))
+                loss.backward()
             total += loss.detach()
-            outputs.append((out.losses, out.margins))
-        losses = torch.cat([losses for losses, _ in outputs]).cpu()
-        margins = torch.cat([margins for _, margins in outputs]).cpu()
-        return losses, margins, float(total)
+            outputs.append(torch.stack([out.losses.detach(), out.margins.detach()]))
+        seen = torch.cat(outputs, dim=1)
+        losses, margins, totals = self.ranks.gather(torch.cat([seen, total.expand(1, len(indices))]), dim=1).cpu()
+        return losses, margins, float(totals[:: len(indices)].mean())
 
     def _loss(self, batch: dict[str, torch.Tensor], ref_logps: torch.Tensor) -> GroupLossOutput:
         config = self.config
-        return group_loss(self.model, batch, ref_logps, self.group_weights, config.loss, bf16=config.bf16)
+        return group_loss(self.policy.trained, batch, ref_logps, self.group_weights, config.loss, bf16=config.bf16)
 
     def _refuse_non_finite(self, step: int, indices: list[int], losses: torch.Tensor, norm: torch.Tensor) -> None:
         bad = (~losses.isfinite()).nonzero().flatten().tolist()
@@ -302,17 +288,16 @@ class _Job:
         more = f"; and {len(at_fault) - 8} more" if len(at_fault) > 8 else ""
         if bad:
             values = ", ".join(f"{float(losses[i]):g}" for i in bad[:8])
-            raise NonFiniteError(
-                f"step {step}: the loss of {len(bad)} of {len(indices)} pairs is not finite ({values}): {named}{more}. "
-                "Nothing of this step was kept."
+            what = f"the loss of {len(bad)} of {len(indices)} pairs is not finite ({values}): {named}{more}"
+        else:
+            grads = {name: local_part(p.grad) for name, p in self.parameters.items() if p.grad is not None}
+            counts = self.ranks.sum(torch.stack([(~grad.isfinite()).sum() for grad in grads.values()]))
+            parameter = next((name for name, count in zip(grads, counts.tolist(), strict=True) if count), "none")
+            what = (
+                f"every loss is finite, but the gradient is not (norm {float(norm):g}, parameter {parameter} first); "
+                f"the batch was {named}{more}"
             )
-        parameter = next(
-            (n for n, p in self.parameters.items() if p.grad is not None and not bool(p.grad.isfinite().all())), "none"
-        )
-        raise NonFiniteError(
-            f"step {step}: every loss is finite, but the gradient is not (norm {float(norm):g}, parameter {parameter} "
-            f"first); the batch was {named}{more}. Nothing of this step was kept."
-        )
+        raise self.ranks.alike(NonFiniteError(f"step {step}: {what}. Nothing of this step was kept."))
 
     def _evaluate(
         self, state: TrainState, test_set: PairDataset, metrics: Metrics | None
@@ -322,7 +307,7 @@ class _Job:
         def one() -> GroupReport:
             return evaluate(
                 self.model, test_set, state.reference["test"], config.loss, self.collate,
-                batch_size=self.micro_batch_size, device=self.device, bf16=config.bf16,
+                batch_size=self.micro_batch_size, device=self.ranks.device, bf16=config.bf16, ranks=self.ranks,
             )  # fmt: skip
 
         report, average_report = one(), None
@@ -338,21 +323,32 @@ class _Job:
     def _finish(
         self, state: TrainState, report: GroupReport | None, average_report: GroupReport | None, began: float
     ) -> RunResult:
-        config, merge = self.config, self.config.model.name == "tiny"
-        save_model(self.model, self.tokenizer, self.directory / FINAL, merge=merge)
+        config = self.config
+        self._save_model(FINAL)
         if state.average is not None:
             with state.average:
-                save_model(self.model, self.tokenizer, self.directory / FINAL_AVERAGE, merge=merge)
+                self._save_model(FINAL_AVERAGE)
         alpha = self.alpha()
-        summary = write_summary(
-            self.directory.path, config, self.model, self.train_set, self.test_set, self.sampler.sampling_probs, alpha,
-            report, average_report, seconds=state.seconds or time.monotonic() - began,
-        )  # fmt: skip
+        summary: dict[str, Any] = {}
+        with self.ranks.together():
+            if self.ranks.first:
+                summary = write_summary(
+                    self.directory, config, self.model, self.train_set, self.test_set, self.sampler.sampling_probs,
+                    alpha, report, average_report, seconds=state.seconds or time.monotonic() - began,
+                )  # fmt: skip
+        summary = self.ranks.broadcast(summary)
         if not config.quiet and report is not None:
             print(f"\nheld out, after {state.step} steps of {config.groups.method}\n{report.table(alpha)}")
             if average_report is not None:
                 print(f"\nthe averaged iterate\n{average_report.table(alpha)}")
-        return RunResult(self.directory.path, state.step, report, average_report, alpha, summary)
+        return RunResult(self.directory, state.step, report, average_report, alpha, summary)
+
+    def _save_model(self, name: str) -> None:
+        model = self.policy.portable()
+        with self.ranks.together():
+            if model is not None:
+                # The embedded model has no name to load its base by: adapters become part of it.
+                save_model(model, self.tokenizer, self.directory / name, merge=self.config.model.name == "tiny")
 
     def alpha(self) -> dict[str, float]:
         """Alpha in use, by group."""
@@ -362,25 +358,10 @@ class _Job:
         optim = self.config.optim
         if optim.projection == "none":
             return None
-        return BallProjection(self.parameters, optim.projection_radius, state.start or None)
+        return BallProjection(self.parameters, optim.projection_radius, state.start or None, self.ranks)
 
     def _batch(self, indices: list[int]) -> dict[str, torch.Tensor]:
         return self.collate([self.train_set[i] for i in indices])
-
-
-def _chunks(indices: list[int], size: int) -> list[list[int]]:
-    return [indices[i : i + size] for i in range(0, len(indices), size)]
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def _say(config: TrainConfig, text: str) -> None:

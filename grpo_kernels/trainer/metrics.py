@@ -18,14 +18,19 @@ class Metrics:
     """Writer of ``metrics.jsonl``, one line per record, flushed at once.
 
     Args:
-        path: the file.
+        path: the file; None writes nothing, as on a rank that is not the first.
         keep_bytes: how much of an existing file stands; what a run wrote after its last checkpoint is cut off, and
             will be written again when the run gets there.
         tensorboard: folder of TensorBoard's files; None for none.
         step: step after which records will come.
     """
 
-    def __init__(self, path: Path, *, keep_bytes: int = 0, tensorboard: Path | None = None, step: int = 0) -> None:
+    def __init__(
+        self, path: Path | None, *, keep_bytes: int = 0, tensorboard: Path | None = None, step: int = 0
+    ) -> None:
+        self._file, self._board = None, None
+        if path is None:
+            return
         self._file = open(path, "ab")  # noqa: SIM115 - closed by close()
         if self._file.tell() < keep_bytes:
             warnings.warn(f"{path} is shorter than when the checkpoint was saved; some lines are lost", stacklevel=2)
@@ -35,6 +40,8 @@ class Metrics:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """One record; numbers that are not finite become null, as JSON has no word for them."""
+        if self._file is None:
+            return
         self._file.write((json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n").encode())
         self._file.flush()
         if self._board is not None:
@@ -52,13 +59,16 @@ class Metrics:
         Returns:
             Bytes written so far, what ``keep_bytes`` of a resumed run has to be.
         """
+        if self._file is None:
+            return 0
         self._file.flush()
         os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:
         """Close the file and TensorBoard's."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

@@ -69,7 +69,7 @@ def describe_model(model: Any) -> dict[str, Any]:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     parameters = list(model.parameters())
     return {
-        "architecture": type(inner).__name__ + ("" if inner is model else " with LoRA"),
+        "architecture": type(inner).__name__.removeprefix("FSDP") + ("" if inner is model else " with LoRA"),
         "parameters": sum(p.numel() for p in parameters),
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "dtype": str(next(inner.parameters()).dtype).removeprefix("torch."),

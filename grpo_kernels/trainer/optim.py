@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from .config import OptimConfig
+from .distributed import ALONE, Ranks, is_sharded, local_part
 
 Parameters = dict[str, torch.nn.Parameter]
 
@@ -74,12 +75,16 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value
 
 
-def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scale gradients down to a total L2 norm of at most ``max_norm`` (0: leave them), and return the norm they had."""
+def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float, ranks: Ranks = ALONE) -> torch.Tensor:
+    """Scale gradients down to a total L2 norm of at most ``max_norm`` (0: leave them), and return the norm they had.
+
+    Sharded gradients count in full; all ranks must ask, and all get the same norm.
+    """
     parameters = [p for p in parameters if p.grad is not None]
+    norm = ranks.whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     if max_norm > 0:
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
 
 
 class BallProjection:
@@ -89,10 +94,17 @@ class BallProjection:
         parameters: name → parameter.
         radius: of the ball, in the norm of all parameters as one vector; > 0.
         center: name → tensor; None for the origin.
+        ranks: over which the parameters may be sharded; all must call.
     """
 
-    def __init__(self, parameters: Parameters, radius: float, center: dict[str, torch.Tensor] | None = None) -> None:
-        self.parameters, self.radius, self.center = parameters, radius, center
+    def __init__(
+        self,
+        parameters: Parameters,
+        radius: float,
+        center: dict[str, torch.Tensor] | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.parameters, self.radius, self.center, self.ranks = parameters, radius, center, ranks
 
     @torch.no_grad()
     def __call__(self) -> float:
@@ -101,8 +113,11 @@ class BallProjection:
         Returns:
             The distance from the center before projecting.
         """
-        squares = [self._offset(name, p).double().square().sum() for name, p in self.parameters.items()]
-        distance = float(torch.stack(squares).sum().sqrt())
+        squares = [local_part(self._offset(name, p)).double().square().sum() for name, p in self.parameters.items()]
+        square = torch.stack(squares).sum()
+        if any(is_sharded(p) for p in self.parameters.values()):
+            square = self.ranks.sum(square)
+        distance = float(square.sqrt())
         if distance > self.radius:
             for name, p in self.parameters.items():
                 offset = self._offset(name, p) * (self.radius / distance)

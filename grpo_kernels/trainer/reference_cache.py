@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .config import DataConfig, LossConfig
+from .distributed import ALONE, Ranks
 from .evaluate import pair_logps
 from .run_directory import sync_file, sync_folder
 
@@ -21,8 +22,8 @@ _NOT_THE_MODEL = {"_name_or_path", "transformers_version", "use_cache", "dtype",
 _LENGTHS = ("max_length", "max_prompt_length", "append_eos")
 
 
-def fingerprint_model(model: torch.nn.Module) -> str:
-    """SHA-256 over the architecture's settings and every parameter and buffer, bit for bit."""
+def fingerprint_model(model: torch.nn.Module, ranks: Ranks = ALONE) -> str:
+    """SHA-256 over the architecture's settings and every parameter and buffer, bit for bit; sharded or not."""
     digest = hashlib.sha256()
     config = getattr(model, "config", None)
     if config is not None:
@@ -31,7 +32,7 @@ def fingerprint_model(model: torch.nn.Module) -> str:
     tensors = [*model.named_parameters(), *model.named_buffers()]
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        flat = ranks.whole(tensor.detach()).cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
     return digest.hexdigest()
 
@@ -47,7 +48,9 @@ def fingerprint_tokenizer(tokenizer: Any) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def fingerprint(model: torch.nn.Module, tokenizer: Any, dataset: Any, data: DataConfig, *, bf16: bool) -> str:
+def fingerprint(
+    model: torch.nn.Module, tokenizer: Any, dataset: Any, data: DataConfig, *, bf16: bool, ranks: Ranks = ALONE
+) -> str:
     """The name under which the log-probabilities of one data set by one model are kept.
 
     Args:
@@ -56,12 +59,13 @@ def fingerprint(model: torch.nn.Module, tokenizer: Any, dataset: Any, data: Data
         dataset: a :class:`~.data.PairDataset`.
         data: lengths and truncation.
         bf16: whether the forward pass is autocast.
+        ranks: that hold the model; all must ask.
 
     Returns:
         32 hexadecimal digits; another model, tokenizer, template, length, token or order gives others.
     """
     parts = {
-        "model": fingerprint_model(model),
+        "model": fingerprint_model(model, ranks),
         "tokenizer": fingerprint_tokenizer(tokenizer),
         "data": dataset.fingerprint(),
         "lengths": {key: value for key, value in asdict(data).items() if key in _LENGTHS},
@@ -82,6 +86,7 @@ def reference_logps(
     batch_size: int = 32,
     device: torch.device | str = "cpu",
     bf16: bool = False,
+    ranks: Ranks = ALONE,
 ) -> torch.Tensor:
     """Log-probabilities of every reply by the reference, from the cache where they are there.
 
@@ -92,7 +97,8 @@ def reference_logps(
         model: the reference, which is the policy as it stands before training.
         tokenizer, dataset, data: what is scored, and how it came to be.
         collate: pairs → batch.
-        loss, batch_size, device, bf16: as in :func:`~.evaluate.pair_logps`.
+        loss, batch_size, device, bf16, ranks: as in :func:`~.evaluate.pair_logps`; the first rank reads and writes the
+            cache.
 
     Returns:
         (N, 2) float32 on the CPU, chosen and rejected, in nats.
@@ -100,18 +106,24 @@ def reference_logps(
     Raises:
         ValueError: the reference gives a log-probability that is not finite; names the first such pair.
     """
-    path = folder / f"{fingerprint(model, tokenizer, dataset, data, bf16=bf16)}.safetensors"
-    cached = _read(path, len(dataset.pairs))
+    path = folder / f"{fingerprint(model, tokenizer, dataset, data, bf16=bf16, ranks=ranks)}.safetensors"
+    with ranks.together():
+        cached = _read(path, len(dataset.pairs)) if ranks.first else None
+    cached = ranks.broadcast(cached)
     if cached is not None:
         return cached
-    logps = pair_logps(model, dataset, collate, loss=loss, batch_size=batch_size, device=device, bf16=bf16)
+    logps = pair_logps(model, dataset, collate, loss=loss, batch_size=batch_size, device=device, bf16=bf16, ranks=ranks)
     bad = (~logps.isfinite()).any(dim=1).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(
-            f"the reference model gives {logps[bad[0]].tolist()} as log-probabilities of pair {bad[0]} "
-            f"({dataset.where[bad[0]]}), {len(bad)} of {len(logps)} pairs in all; they must be finite"
+        raise ranks.alike(
+            ValueError(
+                f"the reference model gives {logps[bad[0]].tolist()} as log-probabilities of pair {bad[0]} "
+                f"({dataset.where[bad[0]]}), {len(bad)} of {len(logps)} pairs in all; they must be finite"
+            )
         )
-    _write(path, logps)
+    with ranks.together():
+        if ranks.first:
+            _write(path, logps)
     return logps
 
 

@@ -99,10 +99,20 @@ class GroupSampler:
         Returns:
             ``batch_size / world_size`` indices of pairs.
         """
-        _check_int("step", step, 0)
         share = self.batch_size // self.world_size
-        whole = self._shuffled(step) if self.kind == "shuffle" else self._drawn(step)
-        return whole[self.rank * share : (self.rank + 1) * share]
+        return self.whole_batch(step)[self.rank * share : (self.rank + 1) * share]
+
+    def whole_batch(self, step: int) -> list[int]:
+        """Batch number ``step`` of all ranks together, which does not depend on how many there are.
+
+        Args:
+            step: at least 0.
+
+        Returns:
+            ``batch_size`` indices of pairs, the first rank's slice first.
+        """
+        _check_int("step", step, 0)
+        return self._shuffled(step) if self.kind == "shuffle" else self._drawn(step)
 
     def __iter__(self) -> Iterator[list[int]]:
         """Go on from ``self.step``, to ``steps`` or without end."""

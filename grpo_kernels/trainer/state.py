@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -21,13 +21,23 @@ from .checkpoint import (
 )
 from .config import TrainConfig
 from .data import PairDataset
+from .distributed import ALONE, Ranks
 from .optim import IterateAverage, Parameters
 
 _FREE = {
     "run_dir", "overwrite", "resume", "quiet", "tensorboard", "save_every", "keep_checkpoints", "reference_cache",
     "device", "data.train", "data.test",
+    "distributed.strategy", "distributed.find_unused_parameters", "distributed.timeout_minutes",
 }  # fmt: skip
 """Settings that may change on resuming.  The data may have moved; what is in it is compared by fingerprint."""
+
+_ITS_OWN = {
+    "run_dir", "quiet", "tensorboard", "reference_cache", "device", "data.train", "data.test", "model.name",
+    "model.chat_template",
+}  # fmt: skip
+"""Settings that may be another on each rank of a run."""
+
+_AS_LARGE_AS_THE_MODEL = {"model", "optimizer", "average", "start"}
 
 
 class Window:
@@ -89,6 +99,7 @@ class TrainState:
         optimizer: over them.
         group_weights: alpha.
         average: mean of the iterates, or None.
+        ranks: that hold all this together; saving and restoring take all of them.
     """
 
     def __init__(
@@ -98,8 +109,9 @@ class TrainState:
         optimizer: torch.optim.Optimizer,
         group_weights: GroupWeights,
         average: IterateAverage | None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.model, self.parameters, self.optimizer = model, parameters, optimizer
+        self.model, self.parameters, self.optimizer, self.ranks = model, parameters, optimizer, ranks
         self.group_weights, self.average = group_weights, average
         self.window = Window(group_weights.num_groups)
         self.step = 0
@@ -110,15 +122,20 @@ class TrainState:
         self.start: Tensors = {}
         """Center of the ball that iterates are projected on; empty for the origin."""
 
-    def checkpoint(self, config: TrainConfig, train_set: PairDataset, test_set: PairDataset | None) -> Checkpoint:
-        """All of it, as of now."""
-        random_tensors, random_scalars = random_state()
+    def checkpoint(
+        self, config: TrainConfig, train_set: PairDataset, test_set: PairDataset | None
+    ) -> Checkpoint | None:
+        """All of it, as of now and in full, on the first rank; None on the others.
+
+        Nothing in it depends on the number of ranks but the random streams, of which each rank has its own.
+        """
+        streams = self.ranks.gather_objects(random_state())
         weights = self.group_weights.state_dict()
         parts = {
             "model": self._model_tensors(),
             "optimizer": optimizer_tensors(self.optimizer, self.parameters),
             "group_weights": {name: t for name, t in weights.items() if isinstance(t, torch.Tensor)},
-            "random": random_tensors,
+            "random": {f"{rank}/{name}": t for rank, (tensors, _) in enumerate(streams) for name, t in tensors.items()},
             "window": {"groups": self.window.groups, "steps": self.window.steps},
             # With these inside, going on needs neither the cache nor the policy as it was before the first step.
             "reference": self.reference,
@@ -127,43 +144,89 @@ class TrainState:
             parts["average"] = self.average.mean
         if self.start:
             parts["start"] = self.start
+        whole = {part: self.ranks.to_first(tensors) for part, tensors in parts.items()}
+        if not self.ranks.first:
+            return None
         scalars = {
             "config": _plain(config),
             "groups": list(self.group_weights.names),
             "data": data_fingerprints(train_set, test_set),
-            "random": random_scalars,
+            "random": [scalars for _, scalars in streams],
             "metrics_bytes": self.metrics_bytes,
             "seconds": self.seconds,
             "average_count": self.average.count if self.average is not None else 0,
         }
-        return Checkpoint(self.step, parts, scalars)
+        return Checkpoint(self.step, whole, scalars)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Put everything back.
+
+        Args:
+            checkpoint: of a run on any number of ranks; as :func:`share_checkpoint` gives it.
 
         Raises:
             CheckpointError: it does not fit this model.
         """
         parts, scalars = checkpoint.parts, checkpoint.scalars
-        restore_tensors(self._model_tensors(), parts["model"], "model")
-        restore_optimizer(self.optimizer, self.parameters, parts["optimizer"])
+        restore_tensors(self._model_tensors(), parts["model"], "model", self.ranks)
+        restore_optimizer(self.optimizer, self.parameters, parts["optimizer"], self.ranks)
         self.group_weights.load_state_dict({**parts["group_weights"], "_extra_state": {"names": scalars["groups"]}})
         restore_tensors({"groups": self.window.groups, "steps": self.window.steps}, parts["window"], "window")
         if self.average is not None:
-            restore_tensors(self.average.mean, parts["average"], "average")
+            restore_tensors(self.average.mean, parts["average"], "average", self.ranks)
             self.average.count = scalars["average_count"]
-        device = next(iter(self.parameters.values())).device
-        self.start = {name: tensor.to(device) for name, tensor in parts.get("start", {}).items()}
+        self.start = {
+            name: self.ranks.like(self.parameters[name], tensor) for name, tensor in parts.get("start", {}).items()
+        }
         self.reference = parts["reference"]
         self.step, self.metrics_bytes = checkpoint.step, scalars["metrics_bytes"]
         self.seconds = scalars["seconds"]
-        restore_random_state(parts["random"], scalars["random"])
+        rank = self.ranks.rank
+        if rank < len(scalars["random"]):  # a rank that was not there goes on with the stream it starts with
+            prefix = f"{rank}/"
+            streams = {name[len(prefix) :]: t for name, t in parts["random"].items() if name.startswith(prefix)}
+            restore_random_state(streams, scalars["random"][rank])
 
     def _model_tensors(self) -> Tensors:
         """What training changes: trained parameters and saved buffers.  A frozen base is loaded by its name."""
         saved = self.model.state_dict()
         buffers = {name: tensor for name, tensor in self.model.named_buffers() if name in saved}
         return {**{name: p.data for name, p in self.parameters.items()}, **buffers}
+
+
+def run_identity(
+    config: TrainConfig, model: torch.nn.Module, train_set: PairDataset, test_set: PairDataset | None
+) -> dict[str, Any]:
+    """What ranks must have in common to be one run, by name; where files lie may differ, what is in them not."""
+    settings = {name: value for name, value in _flat(_plain(config)).items() if name not in _ITS_OWN}
+    sets = {f"the pairs of data.{name}": print_ for name, print_ in data_fingerprints(train_set, test_set).items()}
+    # A quick look, not a fingerprint: it is there for a folder that another node has an older model in.
+    sums = [int(torch.hash_tensor(parameter.detach()).view(torch.int64)) for parameter in model.parameters()]
+    return {**settings, **sets, "the parameters of model.name": sums}
+
+
+def share_checkpoint(checkpoint: Checkpoint | None, ranks: Ranks) -> Checkpoint | None:
+    """The checkpoint that the first rank has read, for all ranks to restore from.
+
+    Args:
+        checkpoint: on the first rank; None where there is none.
+        ranks: of the run.
+
+    Returns:
+        On the first rank the checkpoint.  On the others a copy in which what is as large as the model has shapes
+        without numbers; those are sent as they are put in place.
+    """
+    sent = checkpoint
+    if ranks.first and checkpoint is not None and ranks.size > 1:
+        parts = {
+            part: {name: t.to("meta") if t.dim() else t for name, t in tensors.items()}
+            if part in _AS_LARGE_AS_THE_MODEL
+            else tensors
+            for part, tensors in checkpoint.parts.items()
+        }
+        sent = replace(checkpoint, parts=parts)
+    sent = ranks.broadcast(sent)
+    return checkpoint if ranks.first else sent
 
 
 def data_fingerprints(train_set: PairDataset, test_set: PairDataset | None) -> dict[str, str | None]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
 from .config import TrainConfig
 from .data import PairDataset, PreferenceCollator
+from .distributed import Policy
 from .metrics import Metrics
 from .optim import NonFiniteError, Parameters, clip_gradients
 from .progress import Progress
@@ -20,7 +20,7 @@ _SEED = 1 << 32
 
 
 def warm_up(
-    model: Any,
+    policy: Policy,
     parameters: Parameters,
     dataset: PairDataset,
     collate: PreferenceCollator,
@@ -30,7 +30,7 @@ def warm_up(
     """Train on the chosen replies: AdamW at a constant rate, on the mean over the batch's reply tokens.
 
     Args:
-        model: the policy, in training mode; changed in place.
+        policy: in training mode; changed in place.
         parameters: those trained, by name.
         dataset: the training pairs.
         collate: pairs → batch.
@@ -40,28 +40,35 @@ def warm_up(
     Raises:
         NonFiniteError: the loss or its gradient is not finite.
     """
-    settings, device = config.supervised, next(iter(parameters.values())).device
+    settings, ranks = config.supervised, policy.ranks
     optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr)
-    sampler = make_sampler("shuffle", dataset.group_ids, settings.batch_size, config.seed + _SEED)
-    micro_batch_size = config.micro_batch_size or config.batch_size
+    seed = config.seed + _SEED
+    sampler = make_sampler("shuffle", dataset.group_ids, settings.batch_size, seed, ranks.rank, ranks.size)
+    micro_batch_size = config.micro_batch_size or config.batch_size // ranks.size
     progress = Progress(settings.steps, label="warm-up", quiet=config.quiet)
     for step in range(1, settings.steps + 1):
         indices = sampler.batch(step - 1)
-        tokens = sum(len(dataset[i].chosen_ids) for i in indices)
-        loss = 0.0
+        whole = sampler.whole_batch(step - 1)
+        tokens = sum(len(dataset[i].chosen_ids) for i in whole)
+        total = torch.zeros((), device=ranks.device)
         for first in range(0, len(indices), micro_batch_size):
             chunk = indices[first : first + micro_batch_size]
+            batch = collate([dataset[i] for i in chunk])
             # The chosen sequences come first; the rejected are not learnt from here.
-            batch = {name: tensor[: len(chunk)].to(device) for name, tensor in collate(_pairs(dataset, chunk)).items()}
-            logps = reply_logps(model, batch, config.loss, bf16=config.bf16)
-            part = -logps.sum() / tokens
-            part.backward()
-            loss += float(part.detach())
-        norm = float(clip_gradients(parameters.values(), config.optim.max_grad_norm))
+            batch = {name: tensor[: len(chunk)].to(ranks.device) for name, tensor in batch.items()}
+            with policy.accumulating(last=first + micro_batch_size >= len(indices)):
+                logps = reply_logps(policy.trained, batch, config.loss, bf16=config.bf16)
+                part = -logps.sum() / tokens
+                (part * ranks.size).backward()  # gradients are averaged over ranks; this is a sum
+            total += part.detach()
+        loss = float(ranks.sum(total))
+        norm = float(clip_gradients(parameters.values(), config.optim.max_grad_norm, ranks))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise NonFiniteError(
-                f"warm-up step {step}: loss {loss:g}, gradient norm {norm:g}; lower supervised.lr={settings.lr:g}, or "
-                f"look at the pairs of this step, from {dataset.where[indices[0]]} on"
+            raise ranks.alike(
+                NonFiniteError(
+                    f"warm-up step {step}: loss {loss:g}, gradient norm {norm:g}; lower supervised.lr="
+                    f"{settings.lr:g}, or look at the pairs of this step, from {dataset.where[whole[0]]} on"
+                )
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -69,7 +76,3 @@ def warm_up(
             metrics.write({"kind": "supervised", "step": step, "loss": loss})
         progress.advance(f"loss {loss:.3f}")
     progress.close()
-
-
-def _pairs(dataset: PairDataset, indices: list[int]) -> list[Any]:
-    return [dataset[i] for i in indices]

@@ -15,6 +15,7 @@ from grpo_kernels import GroupWeights
 from grpo_kernels.trainer import loop
 from grpo_kernels.trainer.checkpoint import load_checkpoint, load_latest, sorted_checkpoints
 from grpo_kernels.trainer.config import GroupsConfig, LoraConfig, LossConfig, ModelConfig, OptimConfig, SupervisedConfig
+from grpo_kernels.trainer.inputs import make_group_weights
 from grpo_kernels.trainer.loop import train
 from grpo_kernels.trainer.optim import NonFiniteError
 from grpo_kernels.trainer.run_directory import RunDirectory
@@ -332,7 +333,7 @@ def test_group_weights_are_told_how_the_sampler_draws(tmp_path):
     sizes, q = {"a": 30, "b": 10}, [0.5, 0.5]
     for method, alpha in (("dpo", [0.75, 0.25]), ("is_dpo", [0.5, 0.5]), ("gr_dpo", [0.5, 0.5])):
         config = tiny_config(tmp_path, groups=GroupsConfig(method=method))
-        weights = loop.make_group_weights(config, sizes, q)
+        weights = make_group_weights(config, sizes, q)
         assert isinstance(weights, GroupWeights)
         assert weights.weights.tolist() == pytest.approx(alpha)
         assert weights.loss_weights.tolist() == pytest.approx([a / 0.5 for a in alpha])

@@ -64,7 +64,7 @@ def tiny_config(folder: Path, name: str = "run", **changes) -> TrainConfig:
     return TrainConfig(**settings)
 
 
-def write_dropout_model(folder: Path, texts: list[str]) -> Path:
+def write_dropout_model(folder: Path, texts: list[str], dropout: float = 0.2) -> Path:
     """A folder with a tiny GPT-2 that has dropout, tied embeddings and biases, and its tokenizer."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -75,7 +75,7 @@ def write_dropout_model(folder: Path, texts: list[str]) -> Path:
     torch.manual_seed(3)
     config = GPT2Config(
         vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64,
-        resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2,
+        resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     GPT2LMHeadModel(config).save_pretrained(folder)
