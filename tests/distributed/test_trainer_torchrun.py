@@ -1,0 +1,259 @@
+"""``grpo-kernels train`` under torchrun: however many ranks there are and however they hold the model, it is one run.
+
+The scenarios (rank_scenarios.py) share two launches of two processes and one of three; what they leave is compared
+with what one process does.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rank_scenarios import configured, forget_after, prepare
+from tiny_runs import lines
+from torchrun import launch
+
+from grpo_kernels.trainer.checkpoint import load_latest
+from grpo_kernels.trainer.loop import train
+
+pytest.importorskip("transformers")
+filelock = pytest.importorskip("filelock")
+
+RUNS = [
+    "replicated",
+    "replicated lora adamw accumulated warm-up categorical",
+    "sharded",
+    "sharded tied adamw accumulated warm-up",
+    "sharded lora adamw",
+]
+SLOW_RUNS = [
+    "replicated tied warm-up",
+    "replicated logits accumulated",
+    "replicated checkpointed adamw",
+    "replicated lora checkpointed",
+    "sharded logits accumulated warm-up",
+    "sharded lora tied warm-up",
+    "sharded checkpointed adamw",
+    "sharded tied categorical checkpointed",
+]
+UNINTERRUPTED = ["replicated dropout accumulated", "sharded dropout"]
+RESUMED = ["replicated resumed", "sharded adamw resumed"]
+ERRORS = {
+    "replicated bad batch size": (["ValueError", "PeerError"], "batch_size must be divisible by the 2 ranks, got 9"),
+    "replicated bad warm-up": (
+        ["ValueError", "PeerError"],
+        "supervised.batch_size must be divisible by the 2 ranks, got 7",
+    ),
+    "replicated unreadable on one": (["PeerError", "PeerError"], "rank 1: no such file of preference pairs"),
+    "sharded other pairs on one": (["ValueError", "PeerError"], "the pairs of data.train must be the same on every"),
+    "replicated other settings on one": (["ValueError", "PeerError"], "optim.lr must be the same on every rank"),
+    "sharded poisoned on one": (["NonFiniteError", "PeerError"], "step 5: the loss of 1 of 12 pairs is not finite"),
+    "sharded full disk": (["CheckpointError", "PeerError"], "the checkpoint of step 3 cannot be saved"),
+}
+PROGRAM = Path(__file__).with_name("rank_scenarios.py")
+
+
+def once(tmp_path_factory, name: str, make):
+    """A folder that is made once, whichever process of pytest-xdist comes first."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if base.name.startswith("popen-") else base
+    with filelock.FileLock(base / f"{name}.lock"):
+        folder = base / name
+        if not (folder / "done").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            (folder / "done").touch()
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def launched(ranks: int, names: list[str], resumed: list[str]):
+    def make(folder: Path) -> None:
+        prepare(folder, resumed)
+        done = launch(ranks, PROGRAM, folder, *names)
+        assert done.code == 0, done.err[-4000:]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    names = [*RUNS, *UNINTERRUPTED, *(f"{name} interrupted" for name in UNINTERRUPTED), *RESUMED, *ERRORS]
+    return once(tmp_path_factory, "two-ranks", launched(2, names, RESUMED))
+
+
+def notes(folder: Path, name: str, ranks: int = 2) -> list[dict]:
+    return [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def checkpoint(run_dir: str | Path):
+    found = load_latest(Path(run_dir) / "checkpoints")
+    assert found is not None
+    return found
+
+
+def alone(folder: Path, name: str):
+    """The same run in this process, which no process group knows of."""
+    config = configured(folder, name, "one")
+    config.distributed.strategy = "ddp"
+    result = train(config)
+    return config, result
+
+
+def assert_equal_to_rounding(run_dir: str | Path, other: str | Path) -> None:
+    """Parameters, optimizer, alpha, averages, reference, to a few float32 roundings; every line of the metrics."""
+    ours, theirs = checkpoint(run_dir), checkpoint(other)
+    assert ours.step == theirs.step == 6
+    assert ours.parts.keys() == theirs.parts.keys()
+    for part in ours.parts.keys() - {"random"}:
+        assert ours.parts[part].keys() == theirs.parts[part].keys()
+        for name, tensor in ours.parts[part].items():
+            torch.testing.assert_close(tensor, theirs.parts[part][name], rtol=1e-6, atol=1e-6, msg=f"{part} {name}")
+    assert_near(lines(run_dir), lines(other))
+
+
+def assert_near(ours, theirs, where: str = "metrics") -> None:
+    """Two values of JSON, their numbers to 1e-5: a loss of 0.7 has float32 steps of 6e-8, and is a mean of many."""
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in ours:
+            assert_near(ours[key], theirs[key], f"{where}/{key}")
+    elif isinstance(ours, list):
+        assert len(ours) == len(theirs), where
+        for i, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            assert_near(one, other, f"{where}/{i}")
+    elif isinstance(ours, float):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5), where
+    else:
+        assert ours == theirs, where
+
+
+def assert_one_run(folder: Path, name: str, ranks: int = 2) -> None:
+    first, *others = told = notes(folder, name, ranks)
+    assert all("error" not in note for note in told), told
+    for other in others:
+        assert other["log_alpha"] == first["log_alpha"]  # bit for bit
+        assert other["report"] == first["report"]
+    if name.startswith("sharded"):
+        # What really ran: every parameter a shard, the blocks and the root units of their own.
+        assert all(all(note["sharded"]) and note["trained"].startswith("FSDP") and note["units"] == 2 for note in told)
+    else:
+        assert all(note["trained"] == "DistributedDataParallel" and not any(note["sharded"]) for note in told)
+    config, result = alone(folder, name)
+    assert_equal_to_rounding(folder / f"many {name}", config.run_dir)
+    assert_near(first["report"], result.summary["test"])
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_ranks_are_one_process(two, name):
+    assert_one_run(two, name)
+
+
+@pytest.mark.slow
+def test_two_ranks_are_one_process_in_more_ways(tmp_path_factory):
+    folder = once(tmp_path_factory, "two-ranks-more", launched(2, SLOW_RUNS, []))
+    for name in SLOW_RUNS:
+        assert_one_run(folder, name)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_ranks_leave_is_what_one_process_leaves(two, name):
+    transformers = pytest.importorskip("transformers")
+    folder = two / f"many {name}"
+    # The adapters of a model that has a name stay adapters; those of the embedded one are merged, as in one process.
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "final")
+    assert type(model).__name__ in ("LlamaForCausalLM", "GPT2LMHeadModel")
+    saved = checkpoint(folder).parts["model"]
+    if "lora" not in name:
+        assert all(torch.equal(parameter, saved[key]) for key, parameter in model.named_parameters())
+    names = {path.name for path in folder.iterdir()}
+    assert names - {"start", "final-average"} == {
+        "checkpoints", "config.yaml", "final", "lock", "metrics.jsonl", "reference", "summary.json",
+    }  # fmt: skip
+    summary = json.loads((folder / "summary.json").read_text())
+    assert "FSDP" not in summary["model"]["architecture"]
+    assert summary["model"]["parameters"] > 5000  # in full, not a shard's
+
+
+@pytest.mark.parametrize("name", UNINTERRUPTED)
+def test_on_as_many_ranks_an_interrupted_run_goes_on_bit_for_bit(two, name):
+    told = notes(two, f"{name} interrupted")
+    assert [note["first"]["error"] for note in told] == [["RuntimeError", "the power went"]] * 2
+    whole, again = checkpoint(two / f"many {name}"), checkpoint(two / f"many {name} interrupted")
+    for part, tensors in whole.parts.items():
+        for key, tensor in tensors.items():
+            assert torch.equal(tensor, again.parts[part][key]), (part, key)
+    assert whole.scalars["random"] == again.scalars["random"]
+    # Dropout does not do the same on both ranks.
+    streams = whole.parts["random"]
+    assert not torch.equal(streams["0/torch"], streams["1/torch"])
+    for file in ("metrics.jsonl", "final/model.safetensors"):
+        ours, theirs = (two / f"many {run}" / file for run in (name, f"{name} interrupted"))
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_checkpoint_of_one_process_goes_on_on_two(two, name):
+    assert_one_run(two, name)
+
+
+@pytest.mark.parametrize("name", ["replicated", "sharded", "sharded tied adamw accumulated warm-up"])
+def test_a_checkpoint_of_two_ranks_goes_on_in_one_process(two, name, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(two / f"many {name}", folder)
+    forget_after(folder, 3)
+    config = replace(configured(two, name, "many"), run_dir=str(folder), resume=True)
+    config.distributed.strategy = "ddp"
+    train(config)
+    assert_equal_to_rounding(folder, two / f"many {name}")
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_what_goes_wrong_on_one_rank_ends_all_with_its_words(two, name):
+    kinds, words = ERRORS[name]
+    told = notes(two, name)
+    assert [note["error"][0] for note in told] == kinds
+    assert all(words in note["error"][1] for note in told), told
+    assert all(note["seconds"] < 20 for note in told)
+    if "poisoned" not in name and "disk" not in name:
+        assert not (two / f"many {name}").exists()
+
+
+def test_a_rank_that_is_killed_ends_the_others_and_three_ranks_go_on(tmp_path):
+    prepare(tmp_path, [])
+    name = "replicated"
+    config = configured(tmp_path, name, "many")
+    whole, _ = alone(tmp_path, name)
+    # As a user would write it; the rest of the configuration is that of a run before.
+    arguments = [
+        "train", "--config", f"{whole.run_dir}/config.yaml", "--run-dir", config.run_dir, "--quiet=false",
+    ]  # fmt: skip
+    began = time.monotonic()
+    done = launch(2, PROGRAM, "lose-a-rank", *arguments, seconds=90)
+    assert done.code != 0
+    assert time.monotonic() - began < 60
+    assert "Signal 9 (SIGKILL)" in done.err
+    assert checkpoint(config.run_dir).step == 3
+
+    arguments += ["--resume", "--distributed.strategy", "fully_shard"]
+    done = launch(3, "-m", "grpo_kernels.cli", *arguments)
+    assert done.code == 0, done.err[-4000:]
+    assert_equal_to_rounding(config.run_dir, whole.run_dir)
+    # One voice.
+    assert done.err.count("resuming after step 3") == 1
+    assert done.out.count("<- worst") == 2  # the last iterate and the average
+    assert done.out.count("the model is in") == 1
