@@ -200,6 +200,12 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def reshard(model: Any) -> None:
+    """After a forward pass without gradients: the root of a sharded model holds its weights for a backward."""
+    if hasattr(model, "reshard"):
+        model.reshard()
+
+
 @contextmanager
 def open_ranks(config: DistributedConfig, device: str) -> Iterator[Ranks]:
     """The ranks of this run: those torchrun started, those of a group that stands already, or this process alone.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .config import LossConfig
-from .distributed import ALONE, Ranks
+from .distributed import ALONE, Ranks, reshard
 from .scoring import group_loss, reply_logps
 
 
@@ -164,8 +164,7 @@ def frozen(model: torch.nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(training)
-        if hasattr(model, "reshard"):
-            model.reshard()  # the root of a sharded model holds its weights for a backward, which does not come here
+        reshard(model)
 
 
 def pair_logps(
