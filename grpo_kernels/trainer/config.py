@@ -139,6 +139,7 @@ class SupervisedConfig:
 
     steps: int = 0
     batch_size: int = 64
+    """Pairs in a step, over all processes together."""
     lr: float = 3e-3
 
 

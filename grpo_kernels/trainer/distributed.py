@@ -41,6 +41,8 @@ class Ranks:
         self.connected = connected
         self.rank = dist.get_rank() if connected else 0
         self.size = dist.get_world_size() if connected else 1
+        self.in_step = False
+        """After an error: whether every rank knows of it, so that none is in the middle of a collective."""
 
     @property
     def first(self) -> bool:
@@ -116,12 +118,14 @@ class Ranks:
         failed = next((rank for rank, words in enumerate(said) if words is not None), None)
         if failed is None:
             return
+        self.in_step = True
         if self.first and error is not None:
             raise error
         raise PeerError(f"rank {failed}: {said[failed]}") from error
 
     def alike(self, error: Exception) -> Exception:
         """An error that every rank comes to by itself, as this rank should raise it: the first as it is."""
+        self.in_step = True
         return error if self.first else PeerError(f"rank 0: {error}")
 
     def require_equal(self, values: Mapping[str, Any]) -> None:
@@ -210,9 +214,6 @@ def reshard(model: Any) -> None:
 def open_ranks(config: DistributedConfig, device: str) -> Iterator[Ranks]:
     """The ranks of this run: those torchrun started, those of a group that stands already, or this process alone.
 
-    A group that is opened here is closed after success.  After an error it is not: other ranks may be in the middle of
-    a collective, which closing could wait for; the end of the process ends it.
-
     Args:
         config: strategy, and how long a rank waits for another.
         device: as configured; under torchrun "auto" and "cuda" are the device of this LOCAL_RANK.
@@ -240,15 +241,20 @@ def open_ranks(config: DistributedConfig, device: str) -> Iterator[Ranks]:
             rank=rank,
             world_size=size,
             timeout=datetime.timedelta(minutes=config.timeout_minutes),
+            device_id=place if place.type == "cuda" else None,
         )
     else:
         place = _device(device, int(os.environ.get("LOCAL_RANK", dist.get_rank())), dist.get_world_size())
     ranks = Ranks(place, connected=True)
     if not ranks.first:
         logging.getLogger("grpo_kernels").setLevel(logging.ERROR)  # the first rank has the same to say
-    yield ranks
-    if ours:
-        dist.destroy_process_group()
+    try:
+        yield ranks
+        ranks.in_step = True
+    finally:
+        # NCCL's way to close waits for ranks that are elsewhere, and those for this process to end; gloo's does not.
+        if ours and (ranks.in_step or place.type == "cpu"):
+            dist.destroy_process_group()
 
 
 def _environment() -> tuple[int, int, int]:
@@ -282,7 +288,7 @@ def _device(name: str, local_rank: int = 0, size: int = 1) -> torch.device:
                 raise ValueError(
                     f"device must be 'cuda', 'cpu' or 'auto' for {size} ranks, each has its own; got {name!r}"
                 )
-            if local_rank >= (count := torch.cuda.device_count()):
+            if 0 < (count := torch.cuda.device_count()) <= local_rank:
                 raise ValueError(
                     f"this machine has {count} CUDA devices, none for LOCAL_RANK={local_rank}: start at most {count} "
                     "ranks on it, or say device=cpu"

@@ -18,7 +18,8 @@ from .distributed import ALONE, Ranks
 from .evaluate import pair_logps
 from .run_directory import sync_file, sync_folder
 
-_NOT_THE_MODEL = {"_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype"}
+# The architecture's name is filled in when a model is first saved; its parameters' names say as much.
+_NOT_THE_MODEL = {"_name_or_path", "architectures", "transformers_version", "use_cache", "dtype", "torch_dtype"}
 _LENGTHS = ("max_length", "max_prompt_length", "append_eos")
 
 

@@ -32,7 +32,7 @@ from grpo_kernels.trainer.config import (
     SupervisedConfig,
     TrainConfig,
 )
-from grpo_kernels.trainer.distributed import is_sharded
+from grpo_kernels.trainer.distributed import is_sharded, local_part
 from grpo_kernels.trainer.sampling import GroupSampler
 
 SGD = OptimConfig(
@@ -53,7 +53,7 @@ def configured(folder: Path, name: str, where: str) -> TrainConfig:
     config = tiny_config(folder, f"{where} {name}", batch_size=12, steps=6, eval_every=3, save_every=3, optim=SGD)
     words = name.split()
     config.distributed = DistributedConfig("fully_shard" if "sharded" in words else "ddp", timeout_minutes=1.0)
-    config.loss.fused_head = False
+    config.loss.fused_head = "logits" not in words
     config.bf16 = "bf16" in words
     if "warm-up" in words:
         config.supervised = SupervisedConfig(steps=3, batch_size=6)
@@ -109,6 +109,9 @@ def scenario(folder: Path, name: str, rank: int) -> dict[str, Any]:
         config.optim = replace(config.optim, lr=0.2)
     if name.endswith("poisoned on one"):
         with poisoned(rank):
+            return train(config)
+    if name.endswith("endless gradient on one"):
+        with endless_gradient(rank):
             return train(config)
     if name.endswith("full disk"):
         error = OSError(28, "No space left on device")
@@ -181,6 +184,21 @@ def poisoned(rank: int) -> Iterator[None]:
         return whole(model, batch, ref_logps, *others, **settings)
 
     with mock.patch.object(loop, "group_loss", group_loss):
+        yield
+
+
+@contextmanager
+def endless_gradient(rank: int) -> Iterator[None]:
+    """In the first step an element of what the second rank holds of the last parameter's gradient is infinite."""
+    whole = loop._Job._gradients
+
+    def gradients(job: Any, *arguments: Any) -> Any:
+        result = whole(job, *arguments)
+        if rank == 1:
+            local_part(list(job.parameters.values())[-1].grad).view(-1)[0] = float("inf")
+        return result
+
+    with mock.patch.object(loop._Job, "_gradients", gradients):
         yield
 
 

@@ -7,7 +7,9 @@ with what one process does.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ import pytest
 import torch
 from rank_scenarios import configured, forget_after, prepare
 from tiny_runs import lines
-from torchrun import launch
+from torchrun import finish, launch, start
 
 from grpo_kernels.trainer.checkpoint import load_latest
 from grpo_kernels.trainer.loop import train
@@ -53,6 +55,10 @@ ERRORS = {
     "sharded other pairs on one": (["ValueError", "PeerError"], "the pairs of data.train must be the same on every"),
     "replicated other settings on one": (["ValueError", "PeerError"], "optim.lr must be the same on every rank"),
     "sharded poisoned on one": (["NonFiniteError", "PeerError"], "step 5: the loss of 1 of 12 pairs is not finite"),
+    "sharded endless gradient on one": (
+        ["NonFiniteError", "PeerError"],
+        "every loss is finite, but the gradient is not (norm inf, parameter lm_head.weight first)",
+    ),
     "sharded full disk": (["CheckpointError", "PeerError"], "the checkpoint of step 3 cannot be saved"),
 }
 PROGRAM = Path(__file__).with_name("rank_scenarios.py")
@@ -85,6 +91,7 @@ def launched(ranks: int, names: list[str], resumed: list[str]):
         prepare(folder, resumed)
         done = launch(ranks, PROGRAM, folder, *names)
         assert done.code == 0, done.err[-4000:]
+        (folder / "stderr").write_text(done.err)
 
     return make
 
@@ -156,6 +163,11 @@ def assert_one_run(folder: Path, name: str, ranks: int = 2) -> None:
     config, result = alone(folder, name)
     assert_equal_to_rounding(folder / f"many {name}", config.run_dir)
     assert_near(first["report"], result.summary["test"])
+    if "warm-up" not in name:
+        # Not sharded, sharded, merged: the reference is known by the same name.
+        runs = (folder / f"many {name}", result.run_dir)
+        files = [{path.name for path in (run / "reference").iterdir()} for run in runs]
+        assert files[0] == files[1]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -168,6 +180,10 @@ def test_two_ranks_are_one_process_in_more_ways(tmp_path_factory):
     folder = once(tmp_path_factory, "two-ranks-more", launched(2, SLOW_RUNS, []))
     for name in SLOW_RUNS:
         assert_one_run(folder, name)
+
+
+def test_the_head_is_fused_on_every_rank(two):
+    assert "not fused" not in (two / "stderr").read_text()
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -229,7 +245,7 @@ def test_what_goes_wrong_on_one_rank_ends_all_with_its_words(two, name):
     assert [note["error"][0] for note in told] == kinds
     assert all(words in note["error"][1] for note in told), told
     assert all(note["seconds"] < 20 for note in told)
-    if "poisoned" not in name and "disk" not in name:
+    if kinds[0] in ("ValueError", "PeerError"):  # what can be told before anything is written
         assert not (two / f"many {name}").exists()
 
 
@@ -257,3 +273,36 @@ def test_a_rank_that_is_killed_ends_the_others_and_three_ranks_go_on(tmp_path):
     assert done.err.count("resuming after step 3") == 1
     assert done.out.count("<- worst") == 2  # the last iterate and the average
     assert done.out.count("the model is in") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["torchrun", "a rank"])
+def test_being_told_to_stop_ends_all_of_them(tmp_path, whom):
+    prepare(tmp_path, [])
+    config = configured(tmp_path, "replicated", "many")
+    alone(tmp_path, "replicated")
+    given = ["--config", tmp_path / "one replicated" / "config.yaml", "--run-dir", config.run_dir]
+    process = start(2, "-m", "grpo_kernels.cli", "train", *given, "--steps", 100_000, "--eval-every", 0)
+    deadline = time.monotonic() + 90
+    while not (Path(config.run_dir) / "checkpoints" / "step-00000003").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    ranks = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    assert len(ranks) == 2
+    os.kill(process.pid if whom == "torchrun" else ranks[1], signal.SIGTERM)
+    assert finish(process, 60).code != 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    assert checkpoint(config.run_dir).step >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fully_shard"])
+def test_torchrun_with_one_process_is_one_process(tmp_path, strategy):
+    prepare(tmp_path, [])
+    whole, _ = alone(tmp_path, "replicated")
+    run_dir = tmp_path / "under torchrun"
+    given = ["--config", f"{whole.run_dir}/config.yaml", "--run-dir", run_dir, "--distributed.strategy", strategy]
+    done = launch(1, "-m", "grpo_kernels.cli", "train", *given)
+    assert done.code == 0, done.err[-4000:]
+    assert_equal_to_rounding(run_dir, whole.run_dir)
