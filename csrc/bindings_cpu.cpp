@@ -5,8 +5,10 @@
 
 #include <cstdint>
 #include <stdexcept>
+#include <utility>
 
 #include "cpu/head_tile.h"
+#include "cpu/integer_range.h"
 #include "cpu/isa.h"
 #include "cpu/preference_tail.h"
 #include "cpu/token_logps.h"
@@ -87,9 +89,9 @@ void head_tile_bwd(int dtype, Address logits, int64_t rows, int64_t words, int64
 
 void tail(bool float64, int64_t rows, int64_t pairs, int64_t groups, Address token_logps, Address targets,
           Address cu_seqlens, Address ref_logps, Address group_ids, Address pair_weights, Address policy_logps,
-          Address lengths, Address margins, Address losses, Address slopes, Address group_sums, Address group_counts,
-          int loss_type, double beta, double label_smoothing, bool length_normalize, int64_t ignore_index,
-          int threads) {
+          Address lengths, Address margins, Address rewards, Address losses, Address slopes, Address group_sums,
+          Address group_counts, Address group_losses, int loss_type, double beta, double label_smoothing,
+          bool length_normalize, int64_t ignore_index, int threads) {
   if (loss_type < 0 || loss_type >= kLossTypes) throw std::invalid_argument("unknown loss type");
   preference_tail({float64,
                    rows,
@@ -104,16 +106,23 @@ void tail(bool float64, int64_t rows, int64_t pairs, int64_t groups, Address tok
                    at<void>(policy_logps),
                    at<double>(lengths),
                    at<void>(margins),
+                   at<void>(rewards),
                    at<void>(losses),
                    at<void>(slopes),
                    at<double>(group_sums),
                    at<int64_t>(group_counts),
+                   at<void>(group_losses),
                    loss_type,
                    beta,
                    label_smoothing,
                    length_normalize,
                    ignore_index,
                    threads});
+}
+
+// Of int64, or of int32 where narrow.
+std::pair<int64_t, int64_t> range(bool narrow, Address x, int64_t n, int64_t ignored) {
+  return narrow ? integer_range(at<int32_t>(x), n, ignored) : integer_range(at<int64_t>(x), n, ignored);
 }
 
 }  // namespace
@@ -124,6 +133,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("token_logps_fwd", token_logps_fwd, unlocked);
   m.def("token_logps_bwd", token_logps_bwd, unlocked);
   m.def("preference_tail", tail, unlocked);
+  m.def("integer_range", range, unlocked);
   m.def("head_tile_fwd", head_tile_fwd, unlocked);
   m.def("head_tile_bwd", head_tile_bwd, unlocked);
   m.def("isa", [] { return isa_name(isa()); }, "The instruction set in use; raises if GRPO_KERNELS_ISA cannot be met.");

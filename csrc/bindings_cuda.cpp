@@ -66,9 +66,9 @@ void bwd(int dtype, Address logits, int64_t sequences, int64_t length, int64_t v
 
 void tail(bool float64, int64_t rows, int64_t pairs, int64_t groups, Address token_logps, Address targets,
           Address cu_seqlens, Address ref_logps, Address group_ids, Address pair_weights, Address policy_logps,
-          Address lengths, Address margins, Address losses, Address slopes, Address group_sums, Address group_counts,
-          int loss_type, double beta, double label_smoothing, bool length_normalize, int64_t ignore_index, int device,
-          Address stream) {
+          Address lengths, Address margins, Address rewards, Address losses, Address slopes, Address group_sums,
+          Address group_counts, Address group_losses, int loss_type, double beta, double label_smoothing,
+          bool length_normalize, int64_t ignore_index, int device, Address stream) {
   if (loss_type < 0 || loss_type >= kLossTypes) throw std::invalid_argument("unknown loss type");
   preference_tail({float64,
                    rows,
@@ -83,10 +83,12 @@ void tail(bool float64, int64_t rows, int64_t pairs, int64_t groups, Address tok
                    at<void>(policy_logps),
                    at<double>(lengths),
                    at<void>(margins),
+                   at<void>(rewards),
                    at<void>(losses),
                    at<void>(slopes),
                    at<double>(group_sums),
                    at<int64_t>(group_counts),
+                   at<void>(group_losses),
                    loss_type,
                    beta,
                    label_smoothing,

@@ -1,8 +1,8 @@
 """The autograd Functions, and the only file that knows ``ctx``.
 
 Two of them make the loss.  ``TokenLogps`` holds the one read of the vocabulary forward and the one read and write
-backward; ``PreferenceTail`` is everything from there to the losses of the pairs.  Between them backward passes one
-number a row: ``c_t``, in which the slopes, the group weights and whatever else was added to the log-probabilities
+backward; ``PreferenceLoss`` is the way back from the loss to the token log-probabilities.  Between them backward passes
+one number a row: ``c_t``, in which the slopes, the group weights and whatever else was added to the log-probabilities
 have already met.
 """
 
@@ -139,59 +139,48 @@ def linear_token_logps(
     )[0]  # fmt: skip
 
 
-class PreferenceTail(torch.autograd.Function):
-    """Token log-probabilities → (policy_logps, losses, margins, lengths, group_sums, group_counts).
+class PreferenceLoss(torch.autograd.Function):
+    """What the tail has made of token log-probabilities → (loss, policy_logps), through which gradients come back.
 
-    The first two carry gradients.  Saves slopes (B,) and, where it normalises, lengths (2B,).
+        loss = (1/B) sum_i w_i l_i,   dloss/dp_t = ± (1/B) w_i s_i [/ max(length_i, 1)]
+
+    Saves slopes and weights (B,) and, where it normalises, lengths (2B,).
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         token_logps: torch.Tensor,
-        targets: torch.Tensor | None,
-        cu_seqlens: torch.Tensor | None,
-        ref_logps: torch.Tensor | None,
-        group_ids: torch.Tensor,
-        pair_weights: torch.Tensor | None,
+        policy_logps: torch.Tensor,
+        losses: torch.Tensor,
+        slopes: torch.Tensor,
+        weights: torch.Tensor,
         lengths: torch.Tensor | None,
-        num_groups: int,
-        backend: Backend,
-        settings: dict[str, Any],
-    ) -> tuple[torch.Tensor, ...]:
-        num_pairs, device = group_ids.shape[0], token_logps.device
-        policy_logps = token_logps.new_empty(2 * num_pairs)
-        # An output either way, and autograd would take an input that is handed back for a view.
-        lengths = torch.empty(2 * num_pairs, dtype=torch.float64, device=device) if lengths is None else lengths.clone()
-        margins, losses, slopes = (token_logps.new_empty(num_pairs) for _ in range(3))
-        group_sums = torch.empty(num_groups, dtype=torch.float64, device=device)
-        group_counts = torch.empty(num_groups, dtype=torch.int64, device=device)
-        backend.preference_tail(
-            token_logps, targets, cu_seqlens, ref_logps, group_ids, pair_weights,
-            policy_logps, lengths, margins, losses, slopes, group_sums, group_counts, **settings,
-        )  # fmt: skip
-        ctx.save_for_backward(slopes, lengths if settings["length_normalize"] else None, cu_seqlens)
+        cu_seqlens: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(slopes, weights, lengths, cu_seqlens)
         ctx.rows = token_logps.shape[0]
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(margins, lengths, group_sums, group_counts)
-        return policy_logps, losses, margins, lengths, group_sums, group_counts
+        weighted = weights * losses
+        # Of no pairs the sum is 0 and the mean NaN.  Detached, because an input handed back would be taken for a view.
+        return weighted.mean() if weights.shape[0] else weighted.sum(), policy_logps.detach()
 
     @staticmethod
     @_differentiable_once
     def backward(
-        ctx: Any, grad_policy_logps: torch.Tensor | None, grad_losses: torch.Tensor | None, *_: Any
+        ctx: Any, grad_loss: torch.Tensor | None, grad_policy_logps: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        slopes, lengths, cu_seqlens = ctx.saved_tensors
+        slopes, weights, lengths, cu_seqlens = ctx.saved_tensors
         scale = None  # c of each sequence: (2B,), + for chosen, - for rejected
-        if grad_losses is not None:
-            scale = grad_losses * slopes
+        if grad_loss is not None:
+            scale = grad_loss / max(slopes.shape[0], 1) * weights * slopes
             scale = torch.cat([scale, -scale])
             if lengths is not None:
                 scale = scale / lengths.clamp(min=1).to(scale.dtype)
         if grad_policy_logps is not None:
             scale = grad_policy_logps if scale is None else scale + grad_policy_logps
         grad = None if scale is None else _expand(scale, cu_seqlens, ctx.rows)
-        return (grad,) + (None,) * 9
+        return (grad,) + (None,) * 6
 
 
 class SequenceSum(torch.autograd.Function):

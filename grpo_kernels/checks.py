@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .backends import choose
 from .types import LOSS_TYPES, SMOOTHED_LOSS_TYPES
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -156,10 +157,10 @@ def check_ignore_index(ignore_index: Any) -> None:
 
 
 def check_labels_in_range(labels: torch.Tensor, vocabulary: int, ignore_index: int) -> None:
-    """int64 labels in [0, V) or ``ignore_index``, where nothing predicts them too; on CPU."""
-    if not values_are_readable(labels) or not labels.numel():
+    """Labels in [0, V) or ``ignore_index``, where nothing predicts them too; on CPU."""
+    if not values_are_readable(labels):
         return
-    low, high = (int(x) for x in torch.aminmax(labels.masked_fill(labels == ignore_index, 0)))
+    low, high = _range(labels, ignore_index)
     if low < 0 or high >= vocabulary:
         bad = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
         found = labels[bad].unique().tolist()
@@ -172,9 +173,10 @@ def check_labels_in_range(labels: torch.Tensor, vocabulary: int, ignore_index: i
 def check_group_ids(group_ids: Any, num_pairs: int, num_groups: int, device: torch.device) -> None:
     """(B,) integers in [0, G); the range on CPU."""
     check_integers("group_ids", group_ids, (num_pairs,), device)
-    if values_are_readable(group_ids) and num_pairs:
-        low, high = (int(x) for x in torch.aminmax(group_ids))
+    if values_are_readable(group_ids):
+        low, high = _range(group_ids)
         if low < 0 or high >= num_groups:
+            low, high = (int(x) for x in torch.aminmax(group_ids))
             raise ValueError(f"group_ids must be in [0, {num_groups}), got values from {low} to {high}")
 
 
@@ -207,6 +209,11 @@ def check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
 def values_are_readable(tensor: torch.Tensor) -> bool:
     """Whether looking at values costs no wait for a device and breaks no graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _range(integers: torch.Tensor, ignored: int = 0) -> tuple[int, int]:
+    """Smallest and largest of 0, which is in every range here, and the values that are not ignored."""
+    return choose("auto", integers.device, torch.float32).integer_range(integers, ignored)
 
 
 def _short(values: list[int]) -> str:

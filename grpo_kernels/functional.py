@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .autograd import PreferenceTail, SequenceSum, TokenLogps
+from .autograd import PreferenceLoss, SequenceSum, TokenLogps
 from .backends import Backend
 from .checks import (
     check_flag,
@@ -27,6 +27,7 @@ from .checks import (
     check_sums,
     describe,
     is_dense,
+    values_are_readable,
 )
 from .group_weights import GroupWeights
 from .ops import pick
@@ -155,7 +156,8 @@ def preference_loss(
         "length_normalize": lengths is not None,
         "ignore_index": IGNORE_INDEX,
     }
-    divisors = policy_logps.new_ones(num_sequences, dtype=torch.float64) if lengths is None else lengths.double()
+    # A copy, since backward looks at it and the caller's own may have changed by then.
+    divisors = None if lengths is None else lengths.to(torch.float64, copy=True)
     chosen = pick(backend, device, policy_logps.dtype)
     # A sequence of one token each: the sums below are the log-probabilities themselves.
     return _tail(policy_logps.contiguous(), None, None, divisors, arguments, settings, chosen)
@@ -293,15 +295,15 @@ def _checked_targets(
     """(rows,) int64: the word that each row has to predict.  Shifting labels spares copying logits."""
     check_flag("shift", shift)
     check_ignore_index(ignore_index)
-    targets = labels.reshape(-1).long()
-    check_labels_in_range(targets, vocabulary, ignore_index)
-    if shift and targets.numel():
-        targets = targets.roll(-1)
-        if cu_seqlens is None:
-            targets.view(labels.shape)[:, -1] = ignore_index
-        else:
-            # An empty sequence at the front makes -1 of this, the last row of all, which predicts nothing either.
-            targets[cu_seqlens[1:].long() - 1] = ignore_index
+    check_labels_in_range(labels, vocabulary, ignore_index)
+    labels = labels.long()
+    if not shift or not labels.numel():
+        return labels.reshape(-1)
+    if cu_seqlens is None:  # the first column goes, and one that predicts nothing comes behind the last
+        return torch.constant_pad_nd(labels, (-1, 1), ignore_index).view(-1)
+    targets = labels.roll(-1)
+    # An empty sequence at the front makes -1 of this, the last row of all, which predicts nothing either.
+    targets[cu_seqlens[1:].long() - 1] = ignore_index
     return targets
 
 
@@ -319,35 +321,39 @@ def _tail(
     backend: Backend,
 ) -> GroupLossOutput:
     """From the log-probability of each row to the output: tail, alpha step, scalar."""
-    group_weights, group_ids = pairs.group_weights, pairs.group_ids
+    group_weights, group_ids, rows = pairs.group_weights, pairs.group_ids, token_rows.detach()
     is_module = isinstance(group_weights, GroupWeights)
-    num_groups = group_weights.num_groups if is_module else group_weights.shape[0]
-    policy_logps, losses, margins, lengths, group_sums, group_counts = PreferenceTail.apply(
-        token_rows, targets, cu_seqlens, pairs.ref_logps, group_ids, pairs.pair_weights, lengths, num_groups,
-        backend, settings,
+    num_groups, num_pairs = group_weights.num_groups if is_module else group_weights.shape[0], group_ids.shape[0]
+    policy_logps, rewards = rows.new_empty(2 * num_pairs), rows.new_empty(2 * num_pairs)
+    margins, losses, slopes = rows.new_empty(num_pairs), rows.new_empty(num_pairs), rows.new_empty(num_pairs)
+    group_sums = rows.new_empty(num_groups, dtype=torch.float64)
+    group_counts = rows.new_empty(num_groups, dtype=torch.int64)
+    group_losses = rows.new_empty(num_groups)
+    if not settings["length_normalize"]:
+        targets = lengths = None  # nobody asks how long a sequence is
+    elif lengths is None:
+        lengths = rows.new_empty(2 * num_pairs, dtype=torch.float64)
+    backend.preference_tail(
+        rows, targets, cu_seqlens, pairs.ref_logps, group_ids, pairs.pair_weights,
+        policy_logps, lengths, margins, rewards, losses, slopes, group_sums, group_counts, group_losses, **settings,
     )  # fmt: skip
-    dtype, num_pairs = losses.dtype, group_ids.shape[0]
-    with torch.no_grad():
-        if is_module:
-            if group_weights.moves and group_weights.training and losses.requires_grad:
-                _refuse_recomputation()
-                group_weights.observe(group_sums, group_counts, losses)
-                if not group_weights.accumulating:
-                    group_weights.step()
-            alpha = group_weights.weights
-            weights, used = (alpha / group_weights.sampling_probs).to(dtype), alpha.to(dtype)
-        else:
-            weights = used = group_weights.detach().to(dtype)
+    if is_module:
+        if group_weights.moves and group_weights.training and torch.is_grad_enabled() and token_rows.requires_grad:
+            _refuse_recomputation()
+            group_weights.observe_and_step(group_sums, group_counts, losses)
+        alpha = group_weights.weights
+        weights, used = (alpha / group_weights.sampling_probs).to(rows.dtype), alpha.to(rows.dtype)
+    else:
+        weights = used = group_weights.detach().to(rows.dtype)
+    if not values_are_readable(group_ids):
         # An id out of range has made its loss NaN already; here it must only not read astray.
-        per_pair = weights[group_ids.clamp(0, num_groups - 1)] / max(num_pairs, 1)
-        rewards = policy_logps if pairs.ref_logps is None else policy_logps - pairs.ref_logps
-        if settings["length_normalize"]:
-            rewards = rewards / lengths.clamp(min=1)
-        rewards = (settings["beta"] * rewards).to(dtype)
-        group_losses = (group_sums / group_counts.clamp(min=1)).to(dtype)
+        group_ids = group_ids.clamp(0, num_groups - 1)
+    loss, policy_logps = PreferenceLoss.apply(
+        token_rows, policy_logps, losses, slopes, weights.index_select(0, group_ids), lengths, cu_seqlens
+    )
     return GroupLossOutput(
-        loss=(per_pair * losses).sum(),
-        losses=losses.detach(),
+        loss=loss,
+        losses=losses,
         margins=margins,
         rewards_chosen=rewards[:num_pairs],
         rewards_rejected=rewards[num_pairs:],

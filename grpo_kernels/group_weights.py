@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from .checks import describe
-from .distributed import all_reduce_sum_, is_process_group, world_size
+from .distributed import all_reduce_sum_, is_distributed, is_process_group, world_size
 from .group_checks import (
     check_in,
     check_logarithms,
@@ -65,8 +65,10 @@ def exponentiated_step(
     """
     check_step(log_alpha, group_losses, group_lr, adjustment)
     rate, extra = (x if isinstance(x, torch.Tensor) else float(x) for x in (group_lr, adjustment))
-    exponent = log_alpha + rate * (group_losses.to(log_alpha.dtype) + extra)
-    return exponent.log_softmax(dim=-1).to(log_alpha.dtype)
+    ascent = group_losses.to(log_alpha.dtype)
+    if isinstance(extra, torch.Tensor) or extra:
+        ascent = ascent + extra
+    return (log_alpha + rate * ascent).log_softmax(dim=-1).to(log_alpha.dtype)
 
 
 class GroupWeights(nn.Module):
@@ -129,6 +131,7 @@ class GroupWeights(nn.Module):
         self.group_lr = float(group_lr)
         self.estimator: Estimator = estimator
         self.mixing = float(mixing)
+        self.size_adjustment = float(size_adjustment)
         self.process_group = process_group
         self.group_sizes = tuple(sizes)
 
@@ -140,12 +143,13 @@ class GroupWeights(nn.Module):
         self.register_buffer("sampling_probs", q, persistent=False)
         self.register_buffer("adjustment", float(size_adjustment) / counts.sqrt(), persistent=False)
         self.register_buffer("log_alpha", start.log())
-        # Sums of losses (G,), counts (G,), total loss, pairs: what one all-reduce carries.
+        # What one all-reduce carries, as _packed lays it out.
         self.register_buffer("pending", torch.zeros(2 * len(sizes) + 2, dtype=torch.float64))
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
         self.register_buffer("num_skipped", torch.zeros((), dtype=torch.int64))
         self._accumulating = 0
         self._pending_pairs = 0
+        self._maybe_pending = False
         self._largest_boost = float((1 / q).max())
         self._warned = False
 
@@ -238,10 +242,9 @@ class GroupWeights(nn.Module):
         for name, tensor in (("group_sums", group_sums), ("group_counts", group_counts)):
             check_vector(name, tensor, self.num_groups, self.pending.device)
         check_vector("losses", losses, None, self.pending.device)
-        num_pairs = losses.shape[0]
-        total = losses.sum(dtype=torch.float64).reshape(1)
-        self.pending += torch.cat([group_sums.double(), group_counts.double(), total, total.new_full((1,), num_pairs)])
-        self._pending_pairs += num_pairs
+        self.pending += self._packed(group_sums, group_counts, losses)
+        self._pending_pairs += losses.shape[0]
+        self._maybe_pending = True
 
     @torch.no_grad()
     def step(self) -> None:
@@ -250,37 +253,66 @@ class GroupWeights(nn.Module):
         A batch that is not finite, on any rank, moves nothing and is counted in ``num_skipped``.
         """
         if self.moves:
-            self._warn_once_if_fast()
+            self._warn_once_if_fast(self._pending_pairs)
             # What stays pending is local; the sum is not written back before it has been used.
-            total = all_reduce_sum_(self.pending.clone(), self.process_group)
-            moved = self._moved(total)
-            # One NaN or infinity anywhere leaves no finite sum.
-            finite = (total.sum() + moved.sum()).isfinite()
-            self.log_alpha.copy_(torch.where(finite, moved, self.log_alpha))
-            self.num_updates += finite
-            self.num_skipped += ~finite
+            self._move(*self._parts_of(all_reduce_sum_(self.pending.clone(), self.process_group)))
         self.discard()
+
+    @torch.no_grad()
+    def observe_and_step(self, group_sums: torch.Tensor, group_counts: torch.Tensor, losses: torch.Tensor) -> None:
+        """What a call of the loss does: :meth:`observe`, then :meth:`step` unless :meth:`accumulate` is open.
+
+        The same bits, without the detour through ``pending`` where this batch is all there is.
+        """
+        if self.accumulating or self._maybe_pending or not self.moves:
+            self.observe(group_sums, group_counts, losses)
+            if not self.accumulating:
+                self.step()
+            return
+        self._warn_once_if_fast(losses.shape[0])
+        if is_distributed(self.process_group):
+            observed = all_reduce_sum_(self._packed(group_sums, group_counts, losses), self.process_group)
+            self._move(*self._parts_of(observed))
+        else:
+            self._move(group_sums, group_counts, losses.sum(dtype=torch.float64), losses.shape[0])
 
     @torch.no_grad()
     def discard(self) -> None:
         """Forget what was observed since the last step, as when a batch is thrown away."""
         self.pending.zero_()
         self._pending_pairs = 0
+        self._maybe_pending = False
 
-    def _moved(self, total: torch.Tensor) -> torch.Tensor:
-        sums, counts, pairs = total[: self.num_groups], total[self.num_groups : -2], total[-1]
+    def _packed(self, group_sums: torch.Tensor, group_counts: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
+        """Sums of losses (G,), counts (G,), total loss, pairs: what is linear in the samples, as one vector."""
+        total = losses.sum(dtype=torch.float64).reshape(1)
+        return torch.cat([group_sums.double(), group_counts.double(), total, total.new_full((1,), losses.shape[0])])
+
+    def _parts_of(self, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        return packed[: self.num_groups], packed[self.num_groups : -2], packed[-2], packed[-1]
+
+    def _move(self, sums: torch.Tensor, counts: torch.Tensor, total: torch.Tensor, pairs: torch.Tensor | int) -> None:
+        """Alpha one step on by the parts of what was observed, unless one NaN or infinity is among them."""
         if self.estimator == "importance":
             # A step without a single pair is none: C / sqrt(N_g) alone must not move alpha.
-            losses, adjustment = sums / (pairs.clamp(min=1) * self.sampling_probs), self.adjustment * (pairs > 0)
+            least_one = pairs.clamp(min=1) if isinstance(pairs, torch.Tensor) else max(pairs, 1)
+            divisor, present = least_one * self.sampling_probs, pairs > 0
         else:
             # An absent group's exponent is 0, size adjustment and all: it keeps its log alpha.
-            losses, adjustment = sums / counts.clamp(min=1), self.adjustment * (counts > 0)
-        return exponentiated_step(self.log_alpha, losses, self.group_lr, adjustment=adjustment)
+            divisor, present = counts.clamp(min=1), counts > 0
+        adjustment = self.adjustment * present if self.size_adjustment else 0.0
+        log_alpha = self.log_alpha
+        moved = exponentiated_step(log_alpha, sums / divisor, self.group_lr, adjustment=adjustment)
+        # No sum is finite that one NaN or infinity went into; those of the groups have gone into log alpha.
+        finite = (total + moved.sum()).isfinite()
+        log_alpha.copy_(torch.where(finite, moved, log_alpha))
+        self.num_updates += finite
+        self.num_skipped += ~finite
 
-    def _warn_once_if_fast(self) -> None:
+    def _warn_once_if_fast(self, local_pairs: int) -> None:
         if self._warned or self.estimator != "importance" or torch.compiler.is_compiling():
             return
-        pairs = self._pending_pairs * world_size(self.process_group)
+        pairs = local_pairs * world_size(self.process_group)
         if pairs and self.group_lr * self._largest_boost / pairs > 1:
             self._warned = True
             warnings.warn(
@@ -332,4 +364,5 @@ class GroupWeights(nn.Module):
             if f"{prefix}pending" in state_dict:
                 rows = torch.cat([order, order + groups, torch.tensor([2 * groups, 2 * groups + 1])])
                 state_dict[f"{prefix}pending"] = saved_vector(state_dict, f"{prefix}pending", 2 * groups + 2)[rows]
+        self._maybe_pending = True  # whether it is zero only the device knows
         super()._load_from_state_dict(state_dict, prefix, *args)

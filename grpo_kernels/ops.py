@@ -38,7 +38,17 @@ def _token_logps_bwd(
 
 @torch.library.custom_op(
     "grpo_kernels::preference_tail",
-    mutates_args=("policy_logps", "lengths", "margins", "losses", "slopes", "group_sums", "group_counts"),
+    mutates_args=(
+        "policy_logps",
+        "lengths",
+        "margins",
+        "rewards",
+        "losses",
+        "slopes",
+        "group_sums",
+        "group_counts",
+        "group_losses",
+    ),
 )
 def _preference_tail(
     token_logps: Tensor,
@@ -48,12 +58,14 @@ def _preference_tail(
     group_ids: Tensor,
     pair_weights: Tensor | None,
     policy_logps: Tensor,
-    lengths: Tensor,
+    lengths: Tensor | None,
     margins: Tensor,
+    rewards: Tensor,
     losses: Tensor,
     slopes: Tensor,
     group_sums: Tensor,
     group_counts: Tensor,
+    group_losses: Tensor,
     loss_type: int,
     beta: float,
     label_smoothing: float,
@@ -64,7 +76,7 @@ def _preference_tail(
     chosen = choose(backend, token_logps.device, token_logps.dtype)
     chosen.preference_tail(
         token_logps, targets, cu_seqlens, ref_logps, group_ids, pair_weights,
-        policy_logps, lengths, margins, losses, slopes, group_sums, group_counts,
+        policy_logps, lengths, margins, rewards, losses, slopes, group_sums, group_counts, group_losses,
         loss_type=loss_type, beta=beta, label_smoothing=label_smoothing, length_normalize=length_normalize,
         ignore_index=ignore_index,
     )  # fmt: skip

@@ -144,8 +144,9 @@ def tail_rows(pairs: int, length: int, groups: int) -> list[dict]:
     rows, lines, what = 2 * pairs * length, [], f"tail {2 * pairs}x{length} G={groups}"
     logps, targets = -torch.rand(rows, device="cuda"), torch.zeros(rows, dtype=torch.int64, device="cuda")
     ids = torch.randint(0, groups, (pairs,), device="cuda")
-    outputs = [torch.zeros(n, device="cuda") for n in (2 * pairs, 2 * pairs, pairs, pairs, pairs, groups, groups)]
-    outputs[1], outputs[5], outputs[6] = outputs[1].double(), outputs[5].double(), outputs[6].long()
+    sizes = (2 * pairs, 2 * pairs, pairs, 2 * pairs, pairs, pairs, groups, groups, groups)
+    outputs = [torch.zeros(n, device="cuda") for n in sizes]
+    outputs[1], outputs[6], outputs[7] = outputs[1].double(), outputs[6].double(), outputs[7].long()
     for name in ("triton", "cuda"):
         if backends()[name] is not None:
             continue

@@ -45,7 +45,7 @@ int64_t labelled_in(const int64_t* targets, Segment segment, int64_t ignore_inde
   return count;
 }
 
-// The log-ratio of a sequence; writes policy_logps and, where asked, lengths.  The sum is rounded to T first: whoever
+// The log-ratio of a sequence; writes policy_logps, rewards and, where asked, lengths.  The sum is rounded to T first: whoever
 // made the reference in float32 rounded it so, and a policy that equals its reference has margin 0 to the bit.
 template <class T>
 double log_ratio(const TailArgs& args, int64_t sequence) {
@@ -54,14 +54,16 @@ double log_ratio(const TailArgs& args, int64_t sequence) {
   static_cast<T*>(args.policy_logps)[sequence] = logp;
   if (args.targets != nullptr)
     args.lengths[sequence] = static_cast<double>(labelled_in(args.targets, segment, args.ignore_index));
-  const double ratio = args.ref_logps == nullptr ? logp : logp - args.ref_logps[sequence];
-  if (!args.length_normalize) return ratio;
-  const double length = args.lengths[sequence];
-  return ratio / (length < 1 ? 1.0 : length);
+  double ratio = args.ref_logps == nullptr ? logp : logp - args.ref_logps[sequence];
+  if (args.length_normalize) {
+    const double length = args.lengths[sequence];
+    ratio /= length < 1 ? 1.0 : length;
+  }
+  static_cast<T*>(args.rewards)[sequence] = static_cast<T>(args.beta * ratio);
+  return ratio;
 }
 
 inline bool in_range(const TailArgs& args, int64_t group) { return group >= 0 && group < args.groups; }
-
 
 inline ValueAndSlope weighted_loss(const TailArgs& args, int64_t pair, double margin) {
   ValueAndSlope loss =
@@ -98,6 +100,11 @@ void tail(const TailArgs& args) {
       args.group_sums[group] += loss.value;
       args.group_counts[group] += 1;
     }
+  }
+  T* group_losses = static_cast<T*>(args.group_losses);
+  for (int64_t g = 0; g < args.groups; ++g) {
+    const int64_t count = args.group_counts[g];
+    group_losses[g] = static_cast<T>(args.group_sums[g] / static_cast<double>(count < 1 ? 1 : count));
   }
 }
 

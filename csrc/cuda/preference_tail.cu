@@ -30,7 +30,7 @@ inline __device__ bool owns(const TailArgs& args, GroupRange range, int64_t id) 
   return id >= range.begin && id < range.end;
 }
 
-// The log-ratio of a sequence, in every lane of the warp; writes policy_logps and, where asked, lengths.
+// The log-ratio of a sequence, in every lane of the warp; writes policy_logps, rewards and, where asked, lengths.
 template <class T>
 inline __device__ double log_ratio(const TailArgs& args, int64_t sequence) {
   const int lane = threadIdx.x % kWarp;
@@ -58,9 +58,13 @@ inline __device__ double log_ratio(const TailArgs& args, int64_t sequence) {
   } else if (args.length_normalize) {
     length = args.lengths[sequence];
   }
-  if (lane == 0) static_cast<T*>(args.policy_logps)[sequence] = static_cast<T>(logp);
-  const double ratio = args.ref_logps == nullptr ? logp : logp - args.ref_logps[sequence];
-  return args.length_normalize ? ratio / (length < 1 ? 1.0 : length) : ratio;
+  double ratio = args.ref_logps == nullptr ? logp : logp - args.ref_logps[sequence];
+  if (args.length_normalize) ratio /= length < 1 ? 1.0 : length;
+  if (lane == 0) {
+    static_cast<T*>(args.policy_logps)[sequence] = static_cast<T>(logp);
+    static_cast<T*>(args.rewards)[sequence] = static_cast<T>(args.beta * ratio);
+  }
+  return ratio;
 }
 
 // The loss of a pair, unrounded, for the group sums; writes what belongs to the pair.
@@ -111,6 +115,10 @@ __global__ void __launch_bounds__(kThreads) preference_tail_kernel(TailArgs args
       args.group_counts[g] = count;
     }
     __syncthreads();  // ids and values are about to be overwritten
+  }
+  for (int64_t g = range.begin + threadIdx.x; g < range.end; g += kThreads) {  // the thread that summed them
+    const int64_t count = args.group_counts[g];
+    static_cast<T*>(args.group_losses)[g] = static_cast<T>(args.group_sums[g] / static_cast<double>(max(count, int64_t{1})));
   }
 }
 

@@ -7,21 +7,23 @@
 namespace grpo_kernels {
 
 struct TailArgs {
-  bool float64;  // of token_logps, policy_logps, margins, losses and slopes; float32 otherwise
+  bool float64;  // of token_logps and of whatever is void* below; float32 otherwise
   int64_t rows, pairs, groups;
   const void* token_logps;
-  const int64_t* targets;      // null: lengths is read
+  const int64_t* targets;      // null: lengths is read, where length_normalize asks for it
   const int32_t* cu_seqlens;   // null: rows / (2 * pairs) rows each
   const double* ref_logps;     // null: zeros
   const int64_t* group_ids;
   const double* pair_weights;  // null: ones
   void* policy_logps;
-  double* lengths;
+  double* lengths;             // null: neither asked for nor given
   void* margins;
+  void* rewards;
   void* losses;
   void* slopes;
   double* group_sums;
   int64_t* group_counts;
+  void* group_losses;
   int loss_type;
   double beta, label_smoothing;
   bool length_normalize;

@@ -29,24 +29,27 @@ module with these names; it holds no state and allocates nothing of the size of 
     The target entry is computed in the accumulation dtype as ``-grad * expm1(z[y] - lse)``.
 
 ``preference_tail(token_logps, targets, cu_seqlens, ref_logps, group_ids, pair_weights, policy_logps, lengths,
-margins, losses, slopes, group_sums, group_counts, *, loss_type, beta, label_smoothing, length_normalize,
-ignore_index)``
+margins, rewards, losses, slopes, group_sums, group_counts, group_losses, *, loss_type, beta, label_smoothing,
+length_normalize, ignore_index)``
     From token log-probabilities to losses and slopes, in one launch and in a fixed order of reduction.
     2B sequences, the B chosen first.  Sums over tokens are taken in float64 and rounded once, to the dtype of
     token_logps; the margin is the float64 difference of those.  So a policy that equals its reference, which was
     rounded the same way, has margin 0 and loss log 2 to the bit.
 
     - token_logps  (rows,) float32 or float64, contiguous, 0 where ignored
-    - targets      (rows,) int64, or None: then ``lengths`` is read instead of written
+    - targets      (rows,) int64, or None: then ``lengths`` is read, where ``length_normalize`` asks for it
     - cu_seqlens   (2B+1,) int32: sequence i is rows ``[cu[i], cu[i+1])``; None: ``rows // 2B`` rows each
     - ref_logps    (2B,) float64 sums, or None for zeros
     - group_ids    (B,) int64; one outside [0, G) makes that pair NaN and is left out of the group sums
     - pair_weights (B,) float64, or None for ones
     - policy_logps (2B,) out, dtype of token_logps, always the plain sums
-    - lengths      (2B,) float64: labelled tokens of each sequence (out), or what to divide by (in)
+    - lengths      (2B,) float64: labelled tokens of each sequence (out), or what to divide by (in); None where
+      nothing is to be counted and nothing divided
+    - rewards      (2B,) out, dtype of token_logps: beta times the log-ratio of each sequence
     - margins, losses, slopes (B,) out, dtype of token_logps; losses and slopes carry the pair weight
     - group_sums   (G,) out, float64: sum of losses over the pairs of each group
     - group_counts (G,) out, int64
+    - group_losses (G,) out, dtype of token_logps: ``group_sums / max(group_counts, 1)``
     - loss_type    index into ``types.LOSS_TYPES``
 
     With ``length_normalize`` policy and reference are divided by ``max(length, 1)`` before the margin.
@@ -75,6 +78,10 @@ ignore_index)``
 
     - top, scale, at_target (rows,) float32 (float64 for float64 logits), contiguous
     - grads    out, as ``exps`` above
+
+``integer_range(integers, ignored) -> (low, high)``
+    Of the backends for CPU tensors only, for the checks of arguments: the smallest and the largest of 0 and the
+    values of an int64 or int32 tensor that are not ``ignored``.
 
 Every backend gives the same bits on every run (no floating-point atomics), whatever the number of threads.  The tile
 operations may be missing from a backend; the head then takes those of ``torch`` under ``auto``.
@@ -108,7 +115,7 @@ class Backend(Protocol):
 
     def preference_tail(
         self, token_logps, targets, cu_seqlens, ref_logps, group_ids, pair_weights,
-        policy_logps, lengths, margins, losses, slopes, group_sums, group_counts,
+        policy_logps, lengths, margins, rewards, losses, slopes, group_sums, group_counts, group_losses,
         *, loss_type, beta, label_smoothing, length_normalize, ignore_index,
     ) -> None: ...  # fmt: skip
 
@@ -119,6 +126,8 @@ class Backend(Protocol):
     def head_tile_bwd(
         self, logits, bias, targets, top, scale, at_target, grads, *, start, softcap, logit_scale
     ) -> None: ...
+
+    def integer_range(self, integers: torch.Tensor, ignored: int) -> tuple[int, int]: ...
 
 
 _MODULES = {

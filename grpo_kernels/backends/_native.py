@@ -70,12 +70,15 @@ def tail_arguments(
     group_ids: torch.Tensor,
     pair_weights: torch.Tensor | None,
     policy_logps: torch.Tensor,
-    lengths: torch.Tensor,
+    lengths: torch.Tensor | None,
     margins: torch.Tensor,
+    rewards: torch.Tensor,
     losses: torch.Tensor,
     slopes: torch.Tensor,
     group_sums: torch.Tensor,
     group_counts: torch.Tensor,
+    group_losses: torch.Tensor,
+    length_normalize: bool,
 ) -> tuple:
     """The arguments of ``preference_tail`` up to the options."""
     rows, pairs, groups = token_logps.numel(), group_ids.numel(), group_sums.numel()
@@ -84,6 +87,8 @@ def tail_arguments(
         raise TypeError(f"token_logps must be float32 or float64, got {dtype}")
     if cu_seqlens is None and pairs and rows % (2 * pairs):
         raise ValueError(f"token_logps must hold as many rows for each of {2 * pairs} sequences, got {rows} rows")
+    if lengths is None and (length_normalize or targets is not None):
+        raise ValueError("lengths must be given where they are counted or divide")
     return (
         dtype is f64, rows, pairs, groups,
         _vector("token_logps", token_logps, rows, dtype, device),
@@ -93,12 +98,14 @@ def tail_arguments(
         _vector("group_ids", group_ids, pairs, i64, device),
         0 if pair_weights is None else _vector("pair_weights", pair_weights, pairs, f64, device),
         _vector("policy_logps", policy_logps, 2 * pairs, dtype, device),
-        _vector("lengths", lengths, 2 * pairs, f64, device),
+        0 if lengths is None else _vector("lengths", lengths, 2 * pairs, f64, device),
         _vector("margins", margins, pairs, dtype, device),
+        _vector("rewards", rewards, 2 * pairs, dtype, device),
         _vector("losses", losses, pairs, dtype, device),
         _vector("slopes", slopes, pairs, dtype, device),
         _vector("group_sums", group_sums, groups, f64, device),
         _vector("group_counts", group_counts, groups, i64, device),
+        _vector("group_losses", group_losses, groups, dtype, device),
     )  # fmt: skip
 
 

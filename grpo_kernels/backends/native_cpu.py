@@ -81,12 +81,14 @@ def preference_tail(
     group_ids: torch.Tensor,
     pair_weights: torch.Tensor | None,
     policy_logps: torch.Tensor,
-    lengths: torch.Tensor,
+    lengths: torch.Tensor | None,
     margins: torch.Tensor,
+    rewards: torch.Tensor,
     losses: torch.Tensor,
     slopes: torch.Tensor,
     group_sums: torch.Tensor,
     group_counts: torch.Tensor,
+    group_losses: torch.Tensor,
     *,
     loss_type: int,
     beta: float,
@@ -97,10 +99,19 @@ def preference_tail(
     """Token log-probabilities to losses, slopes and group sums; see ``backends.__doc__``."""
     arguments = tail_arguments(
         _CPU, token_logps, targets, cu_seqlens, ref_logps, group_ids, pair_weights,
-        policy_logps, lengths, margins, losses, slopes, group_sums, group_counts,
+        policy_logps, lengths, margins, rewards, losses, slopes, group_sums, group_counts, group_losses,
+        length_normalize,
     )  # fmt: skip
     options = (loss_type, beta, label_smoothing, length_normalize, ignore_index)
     _cpu.preference_tail(*arguments, *options, torch.get_num_threads())
+
+
+def integer_range(integers: torch.Tensor, ignored: int) -> tuple[int, int]:
+    """Smallest and largest of 0 and the integers that are not ignored; see ``backends.__doc__``."""
+    integers = integers.contiguous()
+    if integers.dtype not in (torch.int64, torch.int32) or not integers.is_cpu:
+        raise TypeError(f"integers must be int64 or int32 on cpu, got {integers.dtype} on {integers.device}")
+    return _cpu.integer_range(integers.dtype is torch.int32, integers.data_ptr(), integers.numel(), ignored)
 
 
 def head_tile_fwd(

@@ -76,12 +76,14 @@ def preference_tail(
     group_ids: torch.Tensor,
     pair_weights: torch.Tensor | None,
     policy_logps: torch.Tensor,
-    lengths: torch.Tensor,
+    lengths: torch.Tensor | None,
     margins: torch.Tensor,
+    rewards: torch.Tensor,
     losses: torch.Tensor,
     slopes: torch.Tensor,
     group_sums: torch.Tensor,
     group_counts: torch.Tensor,
+    group_losses: torch.Tensor,
     *,
     loss_type: int,
     beta: float,
@@ -93,7 +95,8 @@ def preference_tail(
     device = _gpu_of(token_logps)
     arguments = tail_arguments(
         device, token_logps, targets, cu_seqlens, ref_logps, group_ids, pair_weights,
-        policy_logps, lengths, margins, losses, slopes, group_sums, group_counts,
+        policy_logps, lengths, margins, rewards, losses, slopes, group_sums, group_counts, group_losses,
+        length_normalize,
     )  # fmt: skip
     options = (loss_type, beta, label_smoothing, length_normalize, ignore_index)
     _launch(_cuda.preference_tail, device, *arguments, *options)

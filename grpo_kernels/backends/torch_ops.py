@@ -76,12 +76,14 @@ def preference_tail(
     group_ids: torch.Tensor,
     pair_weights: torch.Tensor | None,
     policy_logps: torch.Tensor,
-    lengths: torch.Tensor,
+    lengths: torch.Tensor | None,
     margins: torch.Tensor,
+    rewards: torch.Tensor,
     losses: torch.Tensor,
     slopes: torch.Tensor,
     group_sums: torch.Tensor,
     group_counts: torch.Tensor,
+    group_losses: torch.Tensor,
     *,
     loss_type: int,
     beta: float,
@@ -94,11 +96,12 @@ def preference_tail(
     logps = _segment_sum(token_logps.double(), cu_seqlens, 2 * num_pairs)
     policy_logps.copy_(logps)
     logps = policy_logps.double()  # rounded as the reference was: a policy that equals it has margin 0 to the bit
-    if targets is not None:
+    if targets is not None and lengths is not None:
         lengths.copy_(_segment_sum((targets != ignore_index).double(), cu_seqlens, 2 * num_pairs))
     ratios = logps if ref_logps is None else logps - ref_logps
     if length_normalize:
-        ratios = ratios / lengths.clamp(min=1)
+        ratios = ratios / lengths.clamp(min=1)  # type: ignore[union-attr]  # given where it divides
+    rewards.copy_(beta * ratios)
     margin = ratios[:num_pairs] - ratios[num_pairs:]
     loss, slope = _value_and_slope(margin, LOSS_TYPES[loss_type], beta, label_smoothing)
     if pair_weights is not None:
@@ -108,6 +111,15 @@ def preference_tail(
     losses.copy_(loss.masked_fill(~valid, torch.nan))
     slopes.copy_(slope.masked_fill(~valid, torch.nan))
     _group_sums(loss, group_ids, valid, group_sums, group_counts)
+    group_losses.copy_(group_sums / group_counts.clamp(min=1))
+
+
+def integer_range(integers: torch.Tensor, ignored: int) -> tuple[int, int]:
+    """Smallest and largest of 0 and the integers that are not ignored; see ``backends.__doc__``."""
+    if not integers.numel():
+        return 0, 0
+    low, high = (int(x) for x in torch.aminmax(integers.masked_fill(integers == ignored, 0)))
+    return min(low, 0), max(high, 0)
 
 
 def _group_sums(

@@ -39,16 +39,16 @@ def tail(module, pairs: int, groups: int, length: int) -> None:
     outputs = [
         torch.zeros(2 * pairs),
         torch.zeros(2 * pairs, dtype=torch.float64),
-        *(torch.zeros(pairs) for _ in "abc"),
+        *(torch.zeros(n) for n in (pairs, 2 * pairs, pairs, pairs)),
     ]
-    outputs += [torch.zeros(groups, dtype=torch.float64), torch.zeros(groups, dtype=torch.int64)]
+    outputs += [torch.zeros(groups, dtype=torch.float64), torch.zeros(groups, dtype=torch.int64), torch.zeros(groups)]
     outputs = [output.cuda() for output in outputs]
     for boundaries in (cu_seqlens, None):
         module.preference_tail(
             token_logps, targets, boundaries, reference, ids, weights, *outputs, loss_type=0, beta=0.1,
             label_smoothing=0.1, length_normalize=True, ignore_index=IGNORE_INDEX,
         )  # fmt: skip
-    if int(outputs[-1].cpu().sum()) != pairs:
+    if int(outputs[-2].cpu().sum()) != pairs:
         raise SystemExit("group counts do not add up to the pairs")
 
 

@@ -213,10 +213,12 @@ def tail_oracle(
         "policy_logps": logps,
         "lengths": lengths,
         "margins": margins.detach(),
+        "rewards": beta * ratios.detach(),
         "losses": losses.masked_fill(~valid, torch.nan),
         "slopes": slopes.masked_fill(~valid, torch.nan),
         "group_sums": torch.stack([losses[m].sum() for m in members]),
         "group_counts": torch.stack([m.sum() for m in members]),
+        "group_losses": torch.stack([losses[m].sum() / max(int(m.sum()), 1) for m in members]),
     }
 
 
@@ -235,19 +237,21 @@ def run_tail(
 
     out = {
         "policy_logps": filled(2 * pairs, dtype),
-        "lengths": filled(2 * pairs, torch.float64) if lengths is None else lengths.to(device),
+        "lengths": filled(2 * pairs, torch.float64) if targets is not None else on_device(lengths),
         "margins": filled(pairs, dtype),
+        "rewards": filled(2 * pairs, dtype),
         "losses": filled(pairs, dtype),
         "slopes": filled(pairs, dtype),
         "group_sums": filled(groups, torch.float64),
         "group_counts": filled(groups, torch.int64),
+        "group_losses": filled(groups, dtype),
     }
     inputs = (token_logps, targets, cu_seqlens, ref_logps, group_ids, pair_weights)
     place.module.preference_tail(
         *map(on_device, inputs), *out.values(),
         loss_type=LOSS_TYPES.index(loss_type), ignore_index=IGNORE_INDEX, **options,
     )  # fmt: skip
-    return {name: value.cpu() for name, value in out.items()}
+    return {name: value.cpu() for name, value in out.items() if value is not None}
 
 
 def load(name: str) -> ModuleType:

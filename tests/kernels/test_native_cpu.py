@@ -106,6 +106,38 @@ def test_other_python_threads_go_on_meanwhile(threads):
     assert sum(any(a < t < b for a, b in spans) for t in seen) >= len(spans)
 
 
+@pytest.mark.parametrize("backend", ["native_cpu", "torch_ops"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_range_of_integers(backend, dtype):
+    """0 counts as one of them, for every range asked about holds it; the ignored do not count."""
+    integer_range = load(backend).integer_range
+    limits = torch.iinfo(dtype)
+    for values, expected in (
+        ([], (0, 0)),
+        ([5, 3], (0, 5)),
+        ([-100, 7, -2, -100], (-2, 7)),
+        ([-100, -100], (0, 0)),
+        ([limits.min, limits.max], (limits.min, limits.max)),
+    ):
+        assert integer_range(torch.tensor(values, dtype=dtype), -100) == expected
+    assert integer_range(torch.tensor([[1, 9], [2, -9]], dtype=dtype)[:, 0], -100) == (0, 2)
+
+
+def test_integers_of_another_kind_are_refused():
+    with pytest.raises(TypeError, match="int64 or int32"):
+        native_cpu.integer_range(torch.zeros(3, dtype=torch.int16), 0)
+
+
+def test_missing_lengths_are_refused_where_they_are_needed():
+    given = [torch.zeros(2), None, None, None, torch.zeros(1, dtype=torch.int64), None, torch.zeros(2), None]
+    given += [torch.zeros(n) for n in (1, 2, 1, 1)]
+    given += [torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.int64), torch.zeros(1)]
+    options = {"loss_type": 0, "beta": 0.1, "label_smoothing": 0.0, "ignore_index": -100}
+    native_cpu.preference_tail(*given, **options, length_normalize=False)
+    with pytest.raises(ValueError, match="lengths"):
+        native_cpu.preference_tail(*given, **options, length_normalize=True)
+
+
 def arguments():
     logits, targets = torch.zeros(2, 3, 5), torch.zeros(6, dtype=torch.int64)
     return {"logits": logits, "targets": targets, "logps": torch.empty(6), "lse": torch.empty(6)}

@@ -100,6 +100,15 @@ def test_lengths_are_read_where_there_are_no_targets(place):
 
 
 @every_place
+def test_lengths_that_nobody_asks_for_may_be_missing(place):
+    logps, targets, cu, ref, ids, weights = make_pairs(9, 3, torch.float32)
+    with_them = run_tail(place, logps, targets, cu, ref, ids, weights, 3, **OPTIONS)
+    without = run_tail(place, logps, None, cu, ref, ids, weights, 3, **OPTIONS)
+    assert with_them.keys() - without.keys() == {"lengths"}
+    assert all(torch.equal(without[name], with_them[name]) for name in without)
+
+
+@every_place
 def test_long_sequences_are_rounded_once(place):
     """Sums in the thousands: added up in float32 they would be off by hundreds of its steps, not by half of one."""
     length = 200 if place.interpreted else 4096

@@ -41,8 +41,8 @@ def test_token_logps_operators_pass_opcheck(backend):
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @every_backend
 def test_the_tail_operator_passes_opcheck(backend, loss_type):
-    outputs = [torch.zeros(6), torch.zeros(6, dtype=torch.float64), *(torch.zeros(3) for _ in range(3))]
-    outputs += [torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)]
+    outputs = [torch.zeros(6), torch.zeros(6, dtype=torch.float64), *(torch.zeros(n) for n in (3, 6, 3, 3))]
+    outputs += [torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64), torch.zeros(2)]
     inputs = (-torch.rand(30), torch.ones(30, dtype=torch.int64), None, torch.full((6,), -3.0, dtype=torch.float64))
     pairs = (torch.tensor([0, 1, 1]), None)
     settings = (LOSS_TYPES.index(loss_type), 0.1, 0.0, True, -100, backend)

@@ -1,8 +1,9 @@
 """From token log-probabilities to losses, slopes and group sums, in one launch.
 
     logpi_i = sum of p_t over sequence i              m = (logpi_w - ref_w) - (logpi_l - ref_l)
-    l, s    = loss and its derivative at m, times the pair weight
+    l, s    = loss and its derivative at m, times the pair weight;  reward_i = beta (logpi_i - ref_i)
     group_sums[g] = sum of l over the pairs of g      group_counts[g] = number of those pairs
+    group_losses[g] = group_sums[g] / max(group_counts[g], 1)
 
 Shapes: 2B sequences, the B chosen first; G groups.  Accumulation dtype: float64 for every sum.
 Bytes moved: 4 per token (12 with the targets) for each block of groups, nothing else that grows with tokens.
@@ -96,7 +97,7 @@ def _sequence_sums(
     token_logps_ptr, targets_ptr, cu_seqlens_ptr, lengths_ptr, sequence, inside, length, ignore_index,
     BLOCK_PAIRS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Sum of token logps, and labelled tokens, of BLOCK_PAIRS sequences: both float64."""
+    """Sum of token logps, and labelled tokens or what to divide by, of BLOCK_PAIRS sequences: both float64."""
     if cu_seqlens_ptr is not None:
         begin = tl.load(cu_seqlens_ptr + sequence, mask=inside, other=0).to(tl.int64)
         tokens = tl.load(cu_seqlens_ptr + sequence + 1, mask=inside, other=0).to(tl.int64) - begin
@@ -116,8 +117,10 @@ def _sequence_sums(
             count += labelled.to(tl.int32)
     if targets_ptr is not None:
         labelled_tokens = tl.sum(count, axis=1).to(tl.float64)
-    else:
+    elif lengths_ptr is not None:
         labelled_tokens = tl.load(lengths_ptr + sequence, mask=inside, other=1.0)
+    else:
+        labelled_tokens = tl.full([BLOCK_PAIRS], 1, tl.float64)
     return tl.sum(logp, axis=1), labelled_tokens
 
 
@@ -126,14 +129,16 @@ def _sequence_sums(
 _PLAIN = ["num_pairs", "num_groups", "length", "ignore_index", "beta_bits", "smoothing_bits"]
 _POINTERS = [
     "token_logps_ptr", "targets_ptr", "cu_seqlens_ptr", "ref_logps_ptr", "group_ids_ptr", "pair_weights_ptr",
-    "policy_logps_ptr", "lengths_ptr", "margins_ptr", "losses_ptr", "slopes_ptr", "group_sums_ptr", "group_counts_ptr",
+    "policy_logps_ptr", "lengths_ptr", "margins_ptr", "rewards_ptr", "losses_ptr", "slopes_ptr", "group_sums_ptr",
+    "group_counts_ptr", "group_losses_ptr",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_PLAIN, do_not_specialize_on_alignment=_POINTERS)
 def preference_tail_kernel(
     token_logps_ptr, targets_ptr, cu_seqlens_ptr, ref_logps_ptr, group_ids_ptr, pair_weights_ptr,
-    policy_logps_ptr, lengths_ptr, margins_ptr, losses_ptr, slopes_ptr, group_sums_ptr, group_counts_ptr,
+    policy_logps_ptr, lengths_ptr, margins_ptr, rewards_ptr, losses_ptr, slopes_ptr, group_sums_ptr, group_counts_ptr,
+    group_losses_ptr,
     num_pairs, num_groups, length, ignore_index, beta_bits, smoothing_bits,
     LOSS_TYPE: tl.constexpr, LENGTH_NORMALIZE: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
@@ -183,6 +188,8 @@ def preference_tail_kernel(
                 tl.store(lengths_ptr + pair, length_w, mask=inside)
                 tl.store(lengths_ptr + lose, length_l, mask=inside)
             tl.store(margins_ptr + pair, margin.to(dtype), mask=inside)
+            tl.store(rewards_ptr + pair, (beta * ratio_w).to(dtype), mask=inside)
+            tl.store(rewards_ptr + lose, (beta * ratio_l).to(dtype), mask=inside)
             tl.store(losses_ptr + pair, tl.where(known, value, _NAN).to(dtype), mask=inside)
             tl.store(slopes_ptr + pair, tl.where(known, slope, _NAN).to(dtype), mask=inside)
 
@@ -192,6 +199,8 @@ def preference_tail_kernel(
 
     tl.store(group_sums_ptr + group, sums, mask=group < num_groups)
     tl.store(group_counts_ptr + group, counts.to(tl.int64), mask=group < num_groups)
+    means = sums / tl.maximum(counts, 1).to(tl.float64)
+    tl.store(group_losses_ptr + group, means.to(group_losses_ptr.dtype.element_ty), mask=group < num_groups)
 
 
 # ---------------------------------------------------------------------------------------------- launcher
@@ -205,12 +214,14 @@ def preference_tail(
     group_ids: torch.Tensor,
     pair_weights: torch.Tensor | None,
     policy_logps: torch.Tensor,
-    lengths: torch.Tensor,
+    lengths: torch.Tensor | None,
     margins: torch.Tensor,
+    rewards: torch.Tensor,
     losses: torch.Tensor,
     slopes: torch.Tensor,
     group_sums: torch.Tensor,
     group_counts: torch.Tensor,
+    group_losses: torch.Tensor,
     *,
     loss_type: int,
     beta: float,
@@ -225,7 +236,7 @@ def preference_tail(
     with on_device_of(token_logps):
         preference_tail_kernel[(max(triton.cdiv(num_groups, options.block_groups), 1),)](
             token_logps, targets, cu_seqlens, ref_logps, group_ids, pair_weights,
-            policy_logps, lengths, margins, losses, slopes, group_sums, group_counts,
+            policy_logps, lengths, margins, rewards, losses, slopes, group_sums, group_counts, group_losses,
             num_pairs, num_groups, mean_length, ignore_index, _bits(beta), _bits(label_smoothing),
             LOSS_TYPE=loss_type, LENGTH_NORMALIZE=length_normalize,
             BLOCK_PAIRS=options.block_pairs, BLOCK_TOKENS=options.block_tokens, BLOCK_GROUPS=options.block_groups,
