@@ -1,15 +1,15 @@
 """The autograd Functions, and the only file that knows ``ctx``.
 
-Two of them make the loss.  ``TokenLogps`` holds the one read of the vocabulary forward and the one read and write
-backward; ``PreferenceLoss`` is the way back from the loss to the token log-probabilities.  Between them backward passes
-one number a row: ``c_t``, in which the slopes, the group weights and whatever else was added to the log-probabilities
-have already met.
+Two of them make the loss.  ``TokenLogps`` is the vocabulary: one read forward, one read and write backward.
+``PreferenceLoss`` is the way back from the loss to the token log-probabilities, whoever made them.  Between the two
+backward passes one number a row: ``c_t``, in which the slopes, the group weights and whatever else was added to the
+log-probabilities have already met.  ``FusedLoss`` is both at once.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -36,6 +36,10 @@ def _differentiable_once(backward: Any) -> Any:
     return wrapper
 
 
+_Options = tuple[int, bool, Backend]
+"""ignore_index, whether to overwrite the logits, and who does the work."""
+
+
 class TokenLogps(torch.autograd.Function):
     """logits → log-probability of each row's target; saves logits, targets and (rows,) lse."""
 
@@ -44,27 +48,88 @@ class TokenLogps(torch.autograd.Function):
         ctx: Any, logits: torch.Tensor, targets: torch.Tensor, ignore_index: int, overwrite: bool, backend: Backend
     ) -> torch.Tensor:
         """(2B, T, V) or (rows, V), and (rows,) int64 → (rows,)."""
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        logps = torch.empty(targets.shape, dtype=dtype, device=logits.device)
-        lse = torch.empty_like(logps)
-        backend.token_logps_fwd(_rows(logits), targets, logps, lse, ignore_index=ignore_index)
+        logps, lse = logps_and_lse(logits, targets, ignore_index, backend)
         ctx.save_for_backward(logits, targets, lse)
-        ctx.ignore_index, ctx.overwrite, ctx.backend = ignore_index, overwrite, backend
+        ctx.options = ignore_index, overwrite, backend
         return logps
 
     @staticmethod
     @_differentiable_once
     def backward(ctx: Any, grad_logps: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        logits, targets, lse = ctx.saved_tensors
-        logits = logits.detach()
-        grad = logits if ctx.overwrite else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        ctx.backend.token_logps_bwd(
-            _rows(logits), targets, lse, grad_logps.contiguous(), _rows(grad), ignore_index=ctx.ignore_index
-        )
-        if ctx.overwrite:
-            # As after any in-place operation: whoever saved these logits, this node too, must not use them again.
-            torch.autograd.graph.increment_version(logits)
-        return grad, None, None, None, None
+        return _logits_gradient(grad_logps, *ctx.saved_tensors, *ctx.options), None, None, None, None
+
+
+class Weighted(NamedTuple):
+    """What the tail and the alpha step have made of token log-probabilities: what a loss and its gradient need."""
+
+    policy_logps: torch.Tensor
+    """(2B,) sums over tokens."""
+    losses: torch.Tensor
+    """(B,) l_i."""
+    weights: torch.Tensor
+    """(B,) w of each pair's group."""
+    slopes: torch.Tensor
+    """(B,) s_i."""
+    lengths: torch.Tensor | None
+    """(2B,) float64, where it normalises."""
+    cu_seqlens: torch.Tensor | None
+
+    def loss(self) -> torch.Tensor:
+        """``(1/B) sum_i w_i l_i``; of no pairs 0, and not NaN."""
+        weighted = self.losses * self.weights
+        return weighted.mean() if weighted.shape[0] else weighted.sum()
+
+
+class PreferenceLoss(torch.autograd.Function):
+    """Token log-probabilities → (loss, policy_logps), both of which carry gradients.
+
+        dloss/dp_t = ± (1/B) w_i s_i [/ max(length_i, 1)]
+
+    Takes one tuple instead of many tensors, since autograd looks at every argument of a Function.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, token_logps: torch.Tensor, pairs: Weighted) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(*pairs[2:])
+        ctx.rows = token_logps.shape[0]
+        ctx.set_materialize_grads(False)
+        # Detached, because an input that is handed back would be taken for a view.
+        return pairs.loss(), pairs.policy_logps.detach()
+
+    @staticmethod
+    @_differentiable_once
+    def backward(
+        ctx: Any, grad_loss: torch.Tensor | None, grad_policy_logps: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        return _rows_gradient(grad_loss, grad_policy_logps, ctx.rows, *ctx.saved_tensors), None
+
+
+class FusedLoss(torch.autograd.Function):
+    """logits → (loss, policy_logps): ``TokenLogps`` and ``PreferenceLoss`` in one, which spares a node a call.
+
+    Saves what both save.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, rows: tuple[torch.Tensor, torch.Tensor], options: _Options, pairs: Weighted
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``rows`` are targets and lse."""
+        ctx.save_for_backward(logits, *rows, *pairs[2:])
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return pairs.loss(), pairs.policy_logps.detach()
+
+    @staticmethod
+    @_differentiable_once
+    def backward(
+        ctx: Any, grad_loss: torch.Tensor | None, grad_policy_logps: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        logits, targets, lse, *pairs = ctx.saved_tensors
+        grad = _rows_gradient(grad_loss, grad_policy_logps, targets.shape[0], *pairs)
+        if grad is not None:
+            grad = _logits_gradient(grad, logits, targets, lse, *ctx.options)
+        return grad, None, None, None
 
 
 class LinearTokenLogps(torch.autograd.Function):
@@ -139,50 +204,6 @@ def linear_token_logps(
     )[0]  # fmt: skip
 
 
-class PreferenceLoss(torch.autograd.Function):
-    """What the tail has made of token log-probabilities → (loss, policy_logps), through which gradients come back.
-
-        loss = (1/B) sum_i w_i l_i,   dloss/dp_t = ± (1/B) w_i s_i [/ max(length_i, 1)]
-
-    Saves slopes and weights (B,) and, where it normalises, lengths (2B,).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        token_logps: torch.Tensor,
-        policy_logps: torch.Tensor,
-        losses: torch.Tensor,
-        slopes: torch.Tensor,
-        weights: torch.Tensor,
-        lengths: torch.Tensor | None,
-        cu_seqlens: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.save_for_backward(slopes, weights, lengths, cu_seqlens)
-        ctx.rows = token_logps.shape[0]
-        ctx.set_materialize_grads(False)
-        weighted = weights * losses
-        # Of no pairs the sum is 0 and the mean NaN.  Detached, because an input handed back would be taken for a view.
-        return weighted.mean() if weights.shape[0] else weighted.sum(), policy_logps.detach()
-
-    @staticmethod
-    @_differentiable_once
-    def backward(
-        ctx: Any, grad_loss: torch.Tensor | None, grad_policy_logps: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, ...]:
-        slopes, weights, lengths, cu_seqlens = ctx.saved_tensors
-        scale = None  # c of each sequence: (2B,), + for chosen, - for rejected
-        if grad_loss is not None:
-            scale = grad_loss / max(slopes.shape[0], 1) * weights * slopes
-            scale = torch.cat([scale, -scale])
-            if lengths is not None:
-                scale = scale / lengths.clamp(min=1).to(scale.dtype)
-        if grad_policy_logps is not None:
-            scale = grad_policy_logps if scale is None else scale + grad_policy_logps
-        grad = None if scale is None else _expand(scale, cu_seqlens, ctx.rows)
-        return (grad,) + (None,) * 6
-
-
 class SequenceSum(torch.autograd.Function):
     """(rows,) → (2B,) sums over each sequence, taken in float64 in a fixed order."""
 
@@ -201,6 +222,58 @@ class SequenceSum(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (cu_seqlens,) = ctx.saved_tensors
         return _expand(grad, cu_seqlens, ctx.rows), None, None
+
+
+def logps_and_lse(
+    logits: torch.Tensor, targets: torch.Tensor, ignore_index: int, backend: Backend
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows,) log-probability of each row's target and (rows,) logsumexp, outside of autograd."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    logps = torch.empty(targets.shape, dtype=dtype, device=logits.device)
+    lse = torch.empty_like(logps)
+    backend.token_logps_fwd(_rows(logits), targets, logps, lse, ignore_index=ignore_index)
+    return logps, lse
+
+
+def _logits_gradient(
+    grad_logps: torch.Tensor,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    lse: torch.Tensor,
+    ignore_index: int,
+    overwrite: bool,
+    backend: Backend,
+) -> torch.Tensor:
+    logits = logits.detach()
+    grad = logits if overwrite else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    backend.token_logps_bwd(
+        _rows(logits), targets, lse, grad_logps.contiguous(), _rows(grad), ignore_index=ignore_index
+    )
+    if overwrite:
+        # As after any in-place operation: whoever saved these logits, this node too, must not use them again.
+        torch.autograd.graph.increment_version(logits)
+    return grad
+
+
+def _rows_gradient(
+    grad_loss: torch.Tensor | None,
+    grad_policy_logps: torch.Tensor | None,
+    rows: int,
+    weights: torch.Tensor,
+    slopes: torch.Tensor,
+    lengths: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """(rows,) c_t, from the gradients of the loss and of the sequences' log-probabilities."""
+    scale = None  # c of each sequence: (2B,), + for chosen, - for rejected
+    if grad_loss is not None:
+        scale = grad_loss / max(slopes.shape[0], 1) * weights * slopes
+        scale = torch.cat([scale, -scale])
+        if lengths is not None:
+            scale = scale / lengths.clamp(min=1).to(scale.dtype)
+    if grad_policy_logps is not None:
+        scale = grad_policy_logps if scale is None else scale + grad_policy_logps
+    return None if scale is None else _expand(scale, cu_seqlens, rows)
 
 
 def _expand(scale: torch.Tensor, cu_seqlens: torch.Tensor | None, rows: int) -> torch.Tensor:

@@ -8,11 +8,12 @@ Equations, once (docs/math.md derives them); B pairs are 2B sequences, the B cho
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from .autograd import PreferenceLoss, SequenceSum, TokenLogps
+from .autograd import FusedLoss, PreferenceLoss, SequenceSum, TokenLogps, Weighted, logps_and_lse
 from .backends import Backend
 from .checks import (
     check_flag,
@@ -96,7 +97,6 @@ def fused_grpo_loss(
     if overwrite_logits:
         check_overwrite(logits)
     chosen = pick(backend, logits.device, logits.dtype)
-    token_rows = TokenLogps.apply(_last_stride_1(logits), targets, ignore_index, overwrite_logits, chosen)
     settings = {
         "loss_type": LOSS_TYPES.index(loss_type),
         "beta": float(beta),
@@ -104,7 +104,12 @@ def fused_grpo_loss(
         "length_normalize": length_normalize,
         "ignore_index": ignore_index,
     }
-    return _tail(token_rows, targets, cu_seqlens, None, arguments, settings, chosen)
+    logits = _last_stride_1(logits)
+    token_rows, lse = logps_and_lse(logits.detach(), targets, ignore_index, chosen)
+    moves = torch.is_grad_enabled() and logits.requires_grad
+    weighted, output = _weighted(token_rows, targets, cu_seqlens, None, arguments, settings, chosen, moves)
+    options = ignore_index, overwrite_logits, chosen
+    return output(*FusedLoss.apply(logits, (targets, lse), options, weighted))
 
 
 def preference_loss(
@@ -320,48 +325,67 @@ def _tail(
     settings: dict[str, Any],
     backend: Backend,
 ) -> GroupLossOutput:
-    """From the log-probability of each row to the output: tail, alpha step, scalar."""
-    group_weights, group_ids, rows = pairs.group_weights, pairs.group_ids, token_rows.detach()
-    is_module = isinstance(group_weights, GroupWeights)
-    num_groups, num_pairs = group_weights.num_groups if is_module else group_weights.shape[0], group_ids.shape[0]
-    policy_logps, rewards = rows.new_empty(2 * num_pairs), rows.new_empty(2 * num_pairs)
-    margins, losses, slopes = rows.new_empty(num_pairs), rows.new_empty(num_pairs), rows.new_empty(num_pairs)
-    group_sums = rows.new_empty(num_groups, dtype=torch.float64)
-    group_counts = rows.new_empty(num_groups, dtype=torch.int64)
-    group_losses = rows.new_empty(num_groups)
+    """From the log-probability of each row to the output."""
+    moves = torch.is_grad_enabled() and token_rows.requires_grad
+    weighted, output = _weighted(token_rows.detach(), targets, cu_seqlens, lengths, pairs, settings, backend, moves)
+    return output(*PreferenceLoss.apply(token_rows, weighted))
+
+
+def _weighted(
+    token_rows: torch.Tensor,
+    targets: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    pairs: _Pairs,
+    settings: dict[str, Any],
+    backend: Backend,
+    may_move: bool,
+) -> tuple[Weighted, Callable[[torch.Tensor, torch.Tensor], GroupLossOutput]]:
+    """The tail and the alpha step, outside of autograd; and what makes the output of the two that come from it."""
+    group_weights, group_ids = pairs.group_weights, pairs.group_ids
+    is_module, num_pairs = isinstance(group_weights, GroupWeights), group_ids.shape[0]
+    num_groups = group_weights.num_groups if is_module else group_weights.shape[0]
+    policy_logps, rewards = token_rows.new_empty(2 * num_pairs), token_rows.new_empty(2 * num_pairs)
+    margins, losses, slopes = (token_rows.new_empty(num_pairs) for _ in range(3))
+    group_sums = token_rows.new_empty(num_groups, dtype=torch.float64)
+    group_counts = token_rows.new_empty(num_groups, dtype=torch.int64)
+    group_losses = token_rows.new_empty(num_groups)
     if not settings["length_normalize"]:
         targets = lengths = None  # nobody asks how long a sequence is
     elif lengths is None:
-        lengths = rows.new_empty(2 * num_pairs, dtype=torch.float64)
+        lengths = token_rows.new_empty(2 * num_pairs, dtype=torch.float64)
     backend.preference_tail(
-        rows, targets, cu_seqlens, pairs.ref_logps, group_ids, pairs.pair_weights,
+        token_rows, targets, cu_seqlens, pairs.ref_logps, group_ids, pairs.pair_weights,
         policy_logps, lengths, margins, rewards, losses, slopes, group_sums, group_counts, group_losses, **settings,
     )  # fmt: skip
+    dtype = token_rows.dtype
     if is_module:
-        if group_weights.moves and group_weights.training and torch.is_grad_enabled() and token_rows.requires_grad:
+        if may_move and group_weights.moves and group_weights.training:
             _refuse_recomputation()
             group_weights.observe_and_step(group_sums, group_counts, losses)
         alpha = group_weights.weights
-        weights, used = (alpha / group_weights.sampling_probs).to(rows.dtype), alpha.to(rows.dtype)
+        weights, used = (alpha / group_weights.sampling_probs).to(dtype), alpha.to(dtype)
     else:
-        weights = used = group_weights.detach().to(rows.dtype)
+        weights = used = group_weights.detach().to(dtype)
     if not values_are_readable(group_ids):
         # An id out of range has made its loss NaN already; here it must only not read astray.
         group_ids = group_ids.clamp(0, num_groups - 1)
-    loss, policy_logps = PreferenceLoss.apply(
-        token_rows, policy_logps, losses, slopes, weights.index_select(0, group_ids), lengths, cu_seqlens
-    )
-    return GroupLossOutput(
-        loss=loss,
-        losses=losses,
-        margins=margins,
-        rewards_chosen=rewards[:num_pairs],
-        rewards_rejected=rewards[num_pairs:],
-        policy_logps=policy_logps,
-        group_losses=group_losses,
-        group_counts=group_counts,
-        group_weights=used,
-    )
+
+    def output(loss: torch.Tensor, policy_logps: torch.Tensor) -> GroupLossOutput:
+        return GroupLossOutput(
+            loss,
+            losses,
+            margins,
+            rewards[:num_pairs],
+            rewards[num_pairs:],
+            policy_logps,
+            group_losses,
+            group_counts,
+            used,
+        )
+
+    pair_weights = weights.index_select(0, group_ids)
+    return Weighted(policy_logps, losses, pair_weights, slopes, lengths, cu_seqlens), output
 
 
 def _refuse_recomputation() -> None:

@@ -304,10 +304,18 @@ class GroupWeights(nn.Module):
         log_alpha = self.log_alpha
         moved = exponentiated_step(log_alpha, sums / divisor, self.group_lr, adjustment=adjustment)
         # No sum is finite that one NaN or infinity went into; those of the groups have gone into log alpha.
-        finite = (total + moved.sum()).isfinite()
-        log_alpha.copy_(torch.where(finite, moved, log_alpha))
-        self.num_updates += finite
-        self.num_skipped += ~finite
+        check = total + moved.sum()
+        if log_alpha.is_cpu and not torch.compiler.is_compiling():  # a look costs less there than doing without
+            if math.isfinite(check.item()):
+                log_alpha.copy_(moved)
+                self.num_updates.add_(1)
+            else:
+                self.num_skipped.add_(1)
+        else:
+            finite = check.isfinite()
+            log_alpha.copy_(torch.where(finite, moved, log_alpha))
+            self.num_updates.add_(finite)
+            self.num_skipped.add_(~finite)
 
     def _warn_once_if_fast(self, local_pairs: int) -> None:
         if self._warned or self.estimator != "importance" or torch.compiler.is_compiling():

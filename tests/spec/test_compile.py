@@ -79,6 +79,22 @@ def test_a_compiled_step_has_no_graph_break_and_the_same_bits(backend, kind, pac
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_a_compiled_alpha_step_skips_a_batch_that_is_not_finite(bad):
+    """Without a look at the values, as on a device."""
+    group_weights = GroupWeights.robust([3, 5, 7], 0.1)
+    step = torch.compile(group_weights.observe_and_step, fullgraph=True, backend="aot_eager")
+    seen = []
+    for worst in (1.0, bad, 1.0):
+        losses = torch.tensor([0.5, worst, 0.25])
+        step(losses.double(), torch.ones(3, dtype=torch.int64), losses)
+        seen.append(group_weights.log_alpha.clone())
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[1], seen[2])
+    assert (int(group_weights.num_updates), int(group_weights.num_skipped)) == (2, 1)
+    torch.compiler.reset()
+
+
 def test_inductor_compiles_a_step_too():
     """The default compiler: its own code around the operators, which are what they are outside of it."""
     batch = make_batch(dtype=torch.float32)

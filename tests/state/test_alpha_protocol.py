@@ -118,6 +118,38 @@ def test_a_batch_thrown_away_leaves_no_trace():
     assert_close(gw.weights, THIRDS)
 
 
+@pytest.mark.parametrize("estimator", ["importance", "group_mean"])
+@pytest.mark.parametrize("size_adjustment", [0.0, 2.0])
+def test_a_call_of_the_loss_steps_as_observing_and_stepping_does(estimator, size_adjustment):
+    """It takes a shorter way, to the same bits."""
+    at_once, apart = (
+        GroupWeights.robust(SIZES, 0.3, estimator=estimator, size_adjustment=size_adjustment) for _ in range(2)
+    )
+    for bad in (0.0, 0.0, math.inf):
+        sums, counts = torch.tensor([0.7, bad, 2.1], dtype=torch.float64), torch.tensor([1, 0, 3])
+        losses = torch.tensor([0.7, 0.6, 0.8, 0.7 + bad])
+        at_once.observe_and_step(sums, counts, losses)
+        apart.observe(sums, counts, losses)
+        apart.step()
+    for name, buffer in at_once.named_buffers():
+        assert torch.equal(buffer, getattr(apart, name)), name
+    assert (int(at_once.num_updates), int(at_once.num_skipped)) == (2, 1)
+
+
+def test_what_a_checkpoint_left_pending_is_part_of_the_next_step():
+    saved, gone_on = GroupWeights.robust(SIZES, 0.3), GroupWeights.robust(SIZES, 0.3)
+    with saved.accumulate():
+        call(saved, make_batch(seed=1))
+    gone_on.load_state_dict(saved.state_dict())
+    call(saved)
+    call(gone_on)
+    plain = GroupWeights.robust(SIZES, 0.3)
+    call(plain)
+    assert torch.equal(gone_on.log_alpha, saved.log_alpha)
+    assert not torch.equal(gone_on.log_alpha, plain.log_alpha)
+    assert (gone_on.pending == 0).all()
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_batch_that_is_not_finite_is_skipped_counted_and_forgotten(bad):
     gw = GroupWeights.robust(SIZES, 0.3)
