@@ -56,9 +56,11 @@ class Inputs:
         self.backend = choose("auto", DEVICE, torch.float32)
         self.logps, self.lse, self.grads = (torch.zeros(rows, device=DEVICE) for _ in range(3))
         self.grad_logits = torch.empty_like(self.logits)
-        self.tail_out = [torch.zeros(n, device=DEVICE) for n in (sequences, sequences, PAIRS, PAIRS, PAIRS, GROUPS)]
-        self.tail_out[1], self.tail_out[5] = self.tail_out[1].double(), self.tail_out[5].double()
-        self.tail_out.append(torch.zeros(GROUPS, dtype=torch.int64, device=DEVICE))
+        sums, counts = (torch.zeros(GROUPS, dtype=dtype, device=DEVICE) for dtype in (torch.float64, torch.int64))
+        policy, margins, rewards, losses, slopes, means = (
+            torch.zeros(n, device=DEVICE) for n in (sequences, PAIRS, sequences, PAIRS, PAIRS, GROUPS)
+        )
+        self.tail_out = [policy, None, margins, rewards, losses, slopes, sums, counts, means]
 
     def kernels(self, *, backward: bool = False) -> None:
         self.vocabulary()
@@ -73,7 +75,7 @@ class Inputs:
 
     def tail(self) -> None:
         self.backend.preference_tail(
-            self.logps, self.targets, None, self.ref64, self.group_ids, None, *self.tail_out,
+            self.logps, None, None, self.ref64, self.group_ids, None, *self.tail_out,
             loss_type=0, beta=0.1, label_smoothing=0.0, length_normalize=False, ignore_index=-100,
         )  # fmt: skip
 

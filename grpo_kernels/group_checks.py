@@ -48,6 +48,8 @@ def _broadcast(name: str, tensor: torch.Tensor, shape: Sequence[int], log_alpha:
         raise TypeError(f"{name} must be a tensor of real numbers, got {describe(tensor)}")
     if tensor.device != log_alpha.device:
         raise ValueError(f"{name} must be on {log_alpha.device}, as log_alpha is, got {describe(tensor)}")
+    if tensor.shape == shape:
+        return tensor.shape
     pairs = zip(reversed(tensor.shape), reversed(shape), strict=False)
     if any(size != 1 and other not in (1, size) for size, other in pairs):
         raise ValueError(f"{name} must broadcast against {tuple(shape)}, got {describe(tensor)}")

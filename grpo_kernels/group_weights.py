@@ -12,6 +12,7 @@ Source: Ramesh et al. 2024 (arXiv 2405.20304), Algorithm 1; the size adjustment 
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .checks import describe
+from .checks import describe, values_are_readable
 from .distributed import all_reduce_sum_, is_distributed, is_process_group, world_size
 from .group_checks import (
     check_in,
@@ -305,7 +306,7 @@ class GroupWeights(nn.Module):
         moved = exponentiated_step(log_alpha, sums / divisor, self.group_lr, adjustment=adjustment)
         # No sum is finite that one NaN or infinity went into; those of the groups have gone into log alpha.
         check = total + moved.sum()
-        if log_alpha.is_cpu and not torch.compiler.is_compiling():  # a look costs less there than doing without
+        if values_are_readable(log_alpha):  # a look costs less there than doing without
             if math.isfinite(check.item()):
                 log_alpha.copy_(moved)
                 self.num_updates.add_(1)

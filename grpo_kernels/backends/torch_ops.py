@@ -118,6 +118,7 @@ def integer_range(integers: torch.Tensor, ignored: int) -> tuple[int, int]:
     """Smallest and largest of 0 and the integers that are not ignored; see ``backends.__doc__``."""
     if not integers.numel():
         return 0, 0
+    integers = integers.long()  # which may hold no such number as `ignored` otherwise
     low, high = (int(x) for x in torch.aminmax(integers.masked_fill(integers == ignored, 0)))
     return min(low, 0), max(high, 0)
 
