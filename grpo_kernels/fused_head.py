@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from .checks import describe
 from .distributed import reshard
 from .functional_linear import linear_token_logps
-from .types import IGNORE_INDEX, UnavailableBackendError
+from .types import IGNORE_INDEX
 
 _thread = threading.local()
 """``call``: the one under way in this thread.  Not on the hooks, which copies of a model and its threads share."""
@@ -238,6 +238,7 @@ def attach_fused_head(
             return attached
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("model must have its parameters, got some on the meta device: attach when they are loaded")
+    _check_options(options, heads[0])
     fused = FusedHead(options)
     fused._attach(model, heads)
     try:
@@ -246,6 +247,12 @@ def attach_fused_head(
         fused.remove()
         raise
     return fused
+
+
+def _check_options(options: dict[str, Any], head: Any) -> None:
+    """Raise what one number would make the head raise, before the model is touched."""
+    one = torch.zeros(1, 1, 1, dtype=head.weight.dtype, device=head.weight.device)
+    linear_token_logps(one, one[0], one[0].long(), **options)
 
 
 def _try_out(fused: FusedHead, model: nn.Module, example: Mapping[str, Any] | None) -> None:
@@ -263,8 +270,8 @@ def _try_out(fused: FusedHead, model: nn.Module, example: Mapping[str, Any] | No
     try:
         with torch.no_grad(), _in_eval_mode(model), torch.compiler.set_stance("force_eager"):
             model(**inputs, fused_labels=labels)
-    except (ValueError, TypeError, RuntimeError) as error:
-        if example is not None or isinstance(error, UnavailableBackendError):
+    except Exception as error:
+        if example is not None:
             raise
         raise ValueError(f"a trial call of the model with two input_ids alone failed: {error}") from error
     finally:

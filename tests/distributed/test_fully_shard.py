@@ -83,8 +83,9 @@ def shard(model, mesh, *, layers=False, head=False, **more):
     return model
 
 
-def attached(model):
-    attach_fused_head(model)
+def attached(model, memory_budget=0):
+    """Keeping nothing from forward, backward reads the head's weight once more, which must have been gathered again."""
+    attach_fused_head(model, memory_budget=memory_budget)
     return model
 
 
@@ -101,6 +102,9 @@ LAYOUTS = {
     "never resharded": (
         False, lambda model, mesh: attached(shard(model, mesh, head=True, reshard_after_forward=False)),
     ),
+    "tiles kept": (
+        False, lambda model, mesh: attached(shard(model, mesh, layers=True, head=True), memory_budget="auto"),
+    ),
     "outputs cast, head alone": (
         False,
         lambda model, mesh: attached(
@@ -108,16 +112,11 @@ LAYOUTS = {
         ),
     ),
     "DDP, tied": (True, lambda model, mesh: DistributedDataParallel(attached(model))),
-    "DDP, untied": (False, lambda model, mesh: attached_inside(DistributedDataParallel(model))),
+    "DDP, untied": (False, lambda model, mesh: attached(DistributedDataParallel(model))),
     "DDP, unused parameters looked for": (
         False, lambda model, mesh: DistributedDataParallel(attached(model), find_unused_parameters=True),
     ),
 }  # fmt: skip
-
-
-def attached_inside(wrapped):
-    attach_fused_head(wrapped)
-    return wrapped
 
 
 def worker(rank, folder):
