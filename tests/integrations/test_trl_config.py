@@ -68,6 +68,34 @@ def test_numbers_by_group_must_name_the_groups_of_the_data(tmp_path, setting):
         robust(tmp_path, **{setting: {"a": 0.5, "b": 0.5}})
 
 
+def test_numbers_by_group_go_to_the_groups_they_name(tmp_path):
+    q, prior = {"some": 0.3, "few": 0.2, "many": 0.5}, {"many": 0.1, "some": 0.2, "few": 0.7}
+    weights = robust(tmp_path, sampling_probs=q, prior=prior, mixing=0.25, size_adjustment=0.5).group_weights
+    assert weights.names == ("few", "many", "some")
+    assert weights.sampling_probs.tolist() == pytest.approx([0.2, 0.5, 0.3])
+    assert weights.weights.tolist() == pytest.approx([0.7, 0.1, 0.2])
+    assert weights.mixing == 0.25
+    assert weights.adjustment.tolist() == pytest.approx([0.5 / size**0.5 for size in weights.group_sizes])
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"), [("dpo", [0.125, 13 / 24, 1 / 3]), ("is_dpo", [1 / 3] * 3), ("gr_dpo", [1 / 3] * 3)]
+)
+def test_a_method_is_a_setting_of_the_group_weights(tmp_path, method, expected):
+    weights = robust(tmp_path, method=method, group_lr=0.2).group_weights
+    assert weights.weights.tolist() == pytest.approx(expected)
+    assert weights.moves == (method == "gr_dpo")
+
+
+def test_smoothed_sigmoid_is_conservative_dpo(tmp_path):
+    # TRL ignores label_smoothing with this loss; here it is what it says.
+    trainer = robust(tmp_path, label_smoothing=0.2, ref_model=model(seed=4), beta=0.5)
+    metrics = trainer.evaluate(pairs(4, groups={"many": 1}))
+    plain = robust(tmp_path, ref_model=model(seed=4), beta=0.5).evaluate(pairs(4, groups={"many": 1}))
+    x = 0.5 * metrics["eval_group_many/margin"]
+    assert metrics["eval_loss"] == pytest.approx(plain["eval_loss"] + 0.2 * x, abs=1e-5)  # -log s(-x) = -log s(x) + x
+
+
 def test_every_field_of_trls_keeps_its_default():
     ours, theirs = GroupRobustDPOConfig.__dataclass_fields__, DPOConfig.__dataclass_fields__
     assert not [name for name in theirs if ours[name].default != theirs[name].default]

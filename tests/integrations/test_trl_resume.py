@@ -135,3 +135,28 @@ def test_a_second_call_of_train_goes_on_with_alpha(tmp_path):
     trainer.train()
     assert int(trainer.group_weights.num_updates) == 4
     assert not torch.equal(path[0], moved)
+
+
+def test_what_a_broken_step_observed_is_forgotten(tmp_path):
+    class BreakOnce(TrainerCallback):
+        broken = False
+
+        def on_substep_end(self, args, state, control, **kwargs):
+            if not self.broken:
+                self.broken = True
+                raise KeyboardInterrupt
+
+    changes = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 0.0,
+        "group_lr": 0.1,
+    }
+    whole, broken = robust(tmp_path, **changes), robust(tmp_path, **changes, callbacks=[BreakOnce()])
+    path, again = watch_alpha(whole), watch_alpha(broken)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    assert broken.group_weights.pending.any()
+    broken.train()
+    assert torch.equal(path[0], again[0])
