@@ -14,9 +14,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from grpo_kernels import GroupWeights, attach_fused_head, preference_loss
+from grpo_kernels import GroupWeights, attach_fused_head, preference_loss, token_logps
 
 transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
 
 RANKS, STEPS, PAIRS, VOCABULARY = 2, 3, 4, 67
 LIMIT = datetime.timedelta(seconds=120)
@@ -53,13 +54,29 @@ def train(model, rank=0, ranks=1, groups=None):
         result = preference_loss(out.sequence_logps, ref_logps, group_ids, weights)
         result.loss.backward()
         if history["grads"] is None:
-            history["grads"] = {name: whole(p.grad) for name, p in named(model)}
+            history["grads"] = {name: whole(p.grad) for name, p in named(model) if p.grad is not None}
         history["loss"].append(result.loss.detach())
         optimizer.step()
         optimizer.zero_grad()
     history["alpha"] = weights.log_alpha
     history["parameters"] = {name: whole(p.detach()) for name, p in named(model)}
     return history
+
+
+def with_adapters(model):
+    """Its head is frozen and all the same a part of the root's group."""
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                parameter.normal_(std=0.05, generator=generator)
+    return model
+
+
+def checkpointed(model):
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
 
 
 def named(model):
@@ -73,7 +90,7 @@ def whole(tensor):
 def shard(model, mesh, *, layers=False, head=False, **more):
     """The root's group holds what no other has: embedding, last norm and, unless it is sharded alone, the head."""
     if layers:
-        for layer in model.model.layers:
+        for layer in model.get_decoder().layers:
             fully_shard(layer, mesh=mesh, **more)
     if head:
         fully_shard(model.lm_head, mesh=mesh, **more)
@@ -89,6 +106,13 @@ def attached(model, memory_budget=0):
     return model
 
 
+ADAPTERS = {
+    "adapters, FSDP2": lambda model, mesh: attached(shard(with_adapters(model), mesh)),
+    "adapters, FSDP2, layers and head": lambda model, mesh: attached(
+        shard(with_adapters(model), mesh, layers=True, head=True)
+    ),
+    "adapters, DDP": lambda model, mesh: DistributedDataParallel(attached(with_adapters(model))),
+}
 LAYOUTS = {
     "root, tied": (True, lambda model, mesh: attached(shard(model, mesh))),
     "root, untied": (False, lambda model, mesh: attached(shard(model, mesh))),
@@ -111,12 +135,34 @@ LAYOUTS = {
             shard(model, mesh, head=True, mp_policy=MixedPrecisionPolicy(output_dtype=torch.float64))
         ),
     ),
+    "checkpointed layers": (
+        False, lambda model, mesh: attached(shard(checkpointed(model), mesh, layers=True, head=True)),
+    ),
     "DDP, tied": (True, lambda model, mesh: DistributedDataParallel(attached(model))),
     "DDP, untied": (False, lambda model, mesh: attached(DistributedDataParallel(model))),
     "DDP, unused parameters looked for": (
         False, lambda model, mesh: DistributedDataParallel(attached(model), find_unused_parameters=True),
     ),
 }  # fmt: skip
+
+
+def in_half_precision(mesh):
+    """Token log-probabilities of a bfloat16 forward: fused, by its logits, and of its hidden states in float64."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = attached(shard(build(False), mesh, layers=True, head=True, mp_policy=policy))
+    ids, labels, *_ = batch(0, torch.arange(PAIRS))
+    weight = model.lm_head.weight.full_tensor().bfloat16().double()
+    out = model(input_ids=ids, fused_labels=labels, output_hidden_states=True)
+    with torch.no_grad():
+        exact = token_logps(out.model_output.hidden_states[-1].double() @ weight.T, labels)
+        plain = token_logps(model(input_ids=ids).logits, labels)
+    out.sequence_logps.sum().backward()
+    result = {"fused": out.token_logps.detach(), "sums": out.sequence_logps.detach(), "plain": plain, "exact": exact}
+    result["gradient"] = whole(model.lm_head.weight.grad)
+    cast = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.bfloat16)
+    model = attached(shard(build(False), mesh, mp_policy=cast))
+    result["cast"] = model(input_ids=ids, fused_labels=labels).sequence_logps.detach()
+    return result
 
 
 def worker(rank, folder):
@@ -126,6 +172,9 @@ def worker(rank, folder):
     results = {}
     for name, (tied, prepare) in LAYOUTS.items():
         results[name] = train(prepare(build(tied), mesh), rank, RANKS)
+    for name, prepare in ADAPTERS.items():
+        results[name] = train(prepare(build(False), mesh), rank, RANKS)
+    results["bfloat16"] = in_half_precision(mesh)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -145,12 +194,13 @@ def ranks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone():
-    return {tied: train(attached(build(tied))) for tied in (False, True)}
+    runs = {tied: train(attached(build(tied))) for tied in (False, True)}
+    return runs | {"adapters": train(attached(with_adapters(build(False))))}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *ADAPTERS])
 def test_two_ranks_are_one_process_on_the_whole_batch(ranks, alone, layout):
-    expected = alone[LAYOUTS[layout][0]]
+    expected = alone["adapters" if layout in ADAPTERS else LAYOUTS[layout][0]]
     for run in ranks:
         found = run[layout]
         for kind in ("grads", "parameters"):
@@ -162,7 +212,29 @@ def test_two_ranks_are_one_process_on_the_whole_batch(ranks, alone, layout):
     torch.testing.assert_close(losses.to(expected["loss"][0].dtype), torch.stack(expected["loss"]), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_frozen_head_has_no_gradient(ranks):
+    for layout in ADAPTERS:
+        assert all("lora" in name for name in ranks[0][layout]["grads"])
+
+
+def test_mixed_precision_answers_in_float32_within_the_error_of_its_logits(ranks):
+    for run in ranks:
+        found = run["bfloat16"]
+        assert found["fused"].dtype is found["sums"].dtype is torch.float32
+        error, plain_error = ((found[way] - found["exact"]).abs().max() for way in ("fused", "plain"))
+        assert error <= plain_error + 1e-6
+        assert found["gradient"].isfinite().all()
+        assert found["gradient"].abs().max() > 0
+
+
+def test_outputs_that_a_policy_rounds_to_half_precision_are_refused_by_the_loss(ranks):
+    rounded = ranks[0]["bfloat16"]["cast"]
+    assert rounded.dtype is torch.bfloat16
+    with pytest.raises(TypeError, match="policy_logps must be a float32 or float64 tensor"):
+        preference_loss(rounded, None, torch.zeros(PAIRS, dtype=torch.int64), torch.ones(1))
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, *ADAPTERS])
 def test_ranks_end_with_the_same_bits(ranks, layout):
     first, second = (run[layout] for run in ranks)
     assert torch.equal(first["alpha"], second["alpha"])
