@@ -59,6 +59,8 @@ def configured(folder: Path, name: str, where: str) -> TrainConfig:
         config.supervised = SupervisedConfig(steps=3, batch_size=6)
     if "accumulated" in words:
         config.micro_batch_size = 4  # a share of 6 goes in 4 and 2
+    if "lagging" in words:
+        config.micro_batch_size = 6  # all of a share of two ranks, and half of what one process has
     if "categorical" in words:
         config.sampling = "categorical"
     if "adamw" in words:

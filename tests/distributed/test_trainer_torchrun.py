@@ -31,7 +31,7 @@ RUNS = [
     "replicated lora adamw accumulated warm-up categorical",
     "sharded",
     "sharded tied adamw accumulated warm-up",
-    "sharded lora adamw",
+    "sharded lora adamw lagging",
 ]
 SLOW_RUNS = [
     "replicated tied warm-up",
