@@ -141,7 +141,9 @@ class Ranks:
         for name, value in everywhere[0].items():
             for rank, others in enumerate(everywhere):
                 if others[name] != value:
-                    raise ValueError(f"{name} must be the same on every rank, and is not on ranks 0 and {rank}")
+                    raise ValueError(
+                        f"{name} must be the same on every rank, got something else on rank {rank} than on rank 0"
+                    )
 
     def require_divisible(self, name: str, value: int) -> None:
         """Refuse a number of pairs that ranks cannot share equally.

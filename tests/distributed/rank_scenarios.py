@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 from tiny_runs import tiny_config, write_dropout_model
 
-from grpo_kernels.trainer import loop
+from grpo_kernels.trainer import inputs, loop
 from grpo_kernels.trainer.config import (
     DistributedConfig,
     LoraConfig,
@@ -69,6 +69,7 @@ def configured(folder: Path, name: str, where: str) -> TrainConfig:
         config.model = ModelConfig(name=str(folder / ("tied" if "tied" in words else "dropout")))
     if "lora" in words:
         config.model.lora = LoraConfig(rank=2)
+    config.distributed.find_unused_parameters = "unused" in words
     config.model.gradient_checkpointing = "checkpointed" in words
     return config
 
@@ -92,6 +93,9 @@ def prepare(folder: Path, resumed: list[str]) -> None:
 def scenario(folder: Path, name: str, rank: int) -> dict[str, Any]:
     """The run of a name, with whatever its last words say goes wrong in it."""
     config = configured(folder, name, "many")
+    if "unused" in name:
+        with loading(add_an_unused_parameter):
+            return train(config)
     if name.endswith("interrupted"):
         with interrupted():
             first = train(config)
@@ -109,6 +113,9 @@ def scenario(folder: Path, name: str, rank: int) -> dict[str, Any]:
         config.data.train = config.data.test
     if name.endswith("other settings on one") and rank == 1:
         config.optim = replace(config.optim, lr=0.2)
+    if name.endswith("other model on one") and rank == 1:
+        with loading(change_one_number):
+            return train(config)
     if name.endswith("poisoned on one"):
         with poisoned(rank):
             return train(config)
@@ -171,6 +178,31 @@ def before_batch(step: int, act: Any) -> Iterator[None]:
 
     with mock.patch.object(GroupSampler, "batch", batch):
         yield
+
+
+@contextmanager
+def loading(change: Callable[[Any], None]) -> Iterator[None]:
+    """Models are changed as they are loaded."""
+    whole = inputs.load_policy
+
+    def load_policy(*arguments: Any, **options: Any) -> Any:
+        model, tokenizer = whole(*arguments, **options)
+        change(model)
+        return model, tokenizer
+
+    with mock.patch.object(inputs, "load_policy", load_policy):
+        yield
+
+
+def add_an_unused_parameter(model: Any) -> None:
+    """One that no step has a gradient for."""
+    model.unused = torch.nn.Parameter(torch.ones(4, 2))
+
+
+def change_one_number(model: Any) -> None:
+    """By as little as there is."""
+    weight = model.lm_head.weight.data
+    weight[0, 0] = torch.nextafter(weight[0, 0], torch.ones(()))
 
 
 @contextmanager

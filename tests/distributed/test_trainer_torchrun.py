@@ -11,12 +11,13 @@ import os
 import shutil
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from rank_scenarios import configured, forget_after, prepare
+from rank_scenarios import add_an_unused_parameter, configured, forget_after, loading, prepare
 from tiny_runs import lines
 from torchrun import finish, launch, start
 
@@ -38,6 +39,8 @@ SLOW_RUNS = [
     "replicated logits accumulated",
     "replicated checkpointed adamw",
     "replicated lora checkpointed",
+    "replicated unused adamw",
+    "sharded unused adamw",
     "sharded logits accumulated warm-up",
     "sharded lora tied warm-up",
     "sharded checkpointed adamw",
@@ -54,6 +57,10 @@ ERRORS = {
     "replicated unreadable on one": (["PeerError", "PeerError"], "rank 1: no such file of preference pairs"),
     "sharded other pairs on one": (["ValueError", "PeerError"], "the pairs of data.train must be the same on every"),
     "replicated other settings on one": (["ValueError", "PeerError"], "optim.lr must be the same on every rank"),
+    "sharded other model on one": (
+        ["ValueError", "PeerError"],
+        "the parameters of model.name must be the same on every rank, got something else on rank 1 than on rank 0",
+    ),
     "sharded poisoned on one": (["NonFiniteError", "PeerError"], "step 5: the loss of 1 of 12 pairs is not finite"),
     "sharded endless gradient on one": (
         ["NonFiniteError", "PeerError"],
@@ -116,7 +123,8 @@ def alone(folder: Path, name: str):
     """The same run in this process, which no process group knows of."""
     config = configured(folder, name, "one")
     config.distributed.strategy = "ddp"
-    result = train(config)
+    with loading(add_an_unused_parameter) if "unused" in name else nullcontext():
+        result = train(config)
     return config, result
 
 
