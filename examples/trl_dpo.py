@@ -77,7 +77,6 @@ def main() -> None:
             max_steps=options.steps,
             per_device_train_batch_size=options.batch_size,
             per_device_eval_batch_size=2 * options.batch_size,
-            precompute_ref_log_probs=not options.lora,  # the reference is scored once and takes no memory afterwards
             eval_strategy="steps",
             eval_steps=max(1, options.steps // 3),
             save_strategy="steps",
