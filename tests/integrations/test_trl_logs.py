@@ -50,6 +50,19 @@ def test_evaluation_reports_every_group_and_the_worst(tmp_path):
     assert trainer.state.log_history[-1]["eval_worst_group/loss"] == metrics["eval_worst_group/loss"]
 
 
+def test_metrics_of_ones_own_still_get_logits(tmp_path):
+    seen = {}
+
+    def compute_metrics(prediction):
+        seen["logits"], seen["ids"] = prediction.predictions, prediction.label_ids
+        return {"scored": len(prediction.label_ids)}
+
+    metrics = robust(tmp_path, compute_metrics=compute_metrics).evaluate(pairs(4, seed=5))
+    assert seen["logits"].shape == (*seen["ids"].shape, 280)
+    assert metrics["eval_scored"] == 8  # replies
+    assert metrics["eval_worst_group/n"] > 0
+
+
 def test_several_evaluation_sets_do_not_share_names(tmp_path):
     sets = {"here": pairs(8, seed=5), "there": pairs(7, seed=6)}
     trainer = robust(tmp_path, eval_dataset=sets, eval_strategy="steps", eval_steps=5, group_lr=0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from pathlib import Path
@@ -25,6 +26,9 @@ from trl import DPOConfig, DPOTrainer
 
 from grpo_kernels.integrations.trl import GroupRobustDPOConfig, GroupRobustDPOTrainer
 from grpo_kernels.trainer.models import train_tokenizer
+
+# Every train() collects garbage, and would look through all that these imports have made: half a second each time.
+gc.freeze()
 
 REPLIES = {"many": ("sun", "rain"), "some": ("sun", "rain"), "few": ("rain", "sun")}
 """What each group chooses, and rejects."""
