@@ -283,13 +283,12 @@ def test_a_rank_that_is_killed_ends_the_others_and_three_ranks_go_on(tmp_path):
     assert done.out.count("the model is in") == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("whom", ["torchrun", "a rank"])
-def test_being_told_to_stop_ends_all_of_them(tmp_path, whom):
-    prepare(tmp_path, [])
-    config = configured(tmp_path, "replicated", "many")
-    alone(tmp_path, "replicated")
-    given = ["--config", tmp_path / "one replicated" / "config.yaml", "--run-dir", config.run_dir]
+def endless_run(folder: Path, *arguments: object):
+    """Two ranks that have saved their first checkpoint and would go on; the process of torchrun, and theirs."""
+    prepare(folder, [])
+    config = configured(folder, "replicated", "many")
+    alone(folder, "replicated")
+    given = ["--config", folder / "one replicated" / "config.yaml", "--run-dir", config.run_dir, *arguments]
     process = start(2, "-m", "grpo_kernels.cli", "train", *given, "--steps", 100_000, "--eval-every", 0)
     deadline = time.monotonic() + 90
     while not (Path(config.run_dir) / "checkpoints" / "step-00000003").exists():
@@ -298,6 +297,13 @@ def test_being_told_to_stop_ends_all_of_them(tmp_path, whom):
         time.sleep(0.05)
     ranks = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     assert len(ranks) == 2
+    return process, config, ranks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["torchrun", "a rank"])
+def test_being_told_to_stop_ends_all_of_them(tmp_path, whom):
+    process, config, ranks = endless_run(tmp_path)
     os.kill(process.pid if whom == "torchrun" else ranks[1], signal.SIGTERM)
     assert finish(process, 60).code != 0
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
@@ -314,3 +320,15 @@ def test_torchrun_with_one_process_is_one_process(tmp_path, strategy):
     done = launch(1, "-m", "grpo_kernels.cli", "train", *given)
     assert done.code == 0, done.err[-4000:]
     assert_equal_to_rounding(run_dir, whole.run_dir)
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_waited_for_as_long_as_configured(tmp_path):
+    process, config, ranks = endless_run(tmp_path, "--distributed.timeout-minutes", 0.1)
+    os.kill(ranks[1], signal.SIGSTOP)
+    began = time.monotonic()
+    # Six seconds, and the half minute that torchrun gives a process before it is killed.
+    assert finish(process, 90).code != 0
+    assert time.monotonic() - began > 5
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    assert checkpoint(config.run_dir).step >= 3
