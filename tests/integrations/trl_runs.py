@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import random
@@ -29,6 +30,7 @@ from grpo_kernels.trainer.models import train_tokenizer
 
 # Every train() collects garbage, and would look through all that these imports have made: half a second each time.
 gc.freeze()
+atexit.register(gc.unfreeze)
 
 REPLIES = {"many": ("sun", "rain"), "some": ("sun", "rain"), "few": ("rain", "sun")}
 """What each group chooses, and rejects."""
