@@ -180,6 +180,15 @@ def test_the_reference_of_a_model_in_memory_is_the_model_in_memory(tmp_path):
     assert not any(p.requires_grad for p in trainer.ref_model.parameters())
 
 
+def test_a_model_named_by_its_folder_trains_as_the_model_itself(tmp_path):
+    model().save_pretrained(tmp_path / "saved")
+    named, given = robust(tmp_path, policy=str(tmp_path / "saved"), group_lr=0.1), robust(tmp_path, group_lr=0.1)
+    named.train()
+    given.train()
+    assert furthest(parameters(named), parameters(given)) == 0
+    assert torch.equal(named.group_weights.log_alpha, given.group_weights.log_alpha)
+
+
 def test_a_model_trained_twice_has_a_new_reference_each_time(tmp_path):
     policy = model()
     robust(tmp_path, policy=policy).train()

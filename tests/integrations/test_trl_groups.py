@@ -5,8 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl_runs import GroupRobustDPOTrainer, model, pairs, robust, rows, settings, tokenizer
+from trl_runs import (
+    DataCollatorForPreference,
+    GroupRobustDPOTrainer,
+    model,
+    pairs,
+    robust,
+    rows,
+    settings,
+    tokenizer,
+)
 
 from grpo_kernels.integrations.trl.groups import GroupCollator, count_groups
 

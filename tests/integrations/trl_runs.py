@@ -24,6 +24,7 @@ pytest.importorskip("trl", reason="TRL is not installed (it wants Python 3.11 or
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference  # noqa: F401 - for the tests
 
 from grpo_kernels.integrations.trl import GroupRobustDPOConfig, GroupRobustDPOTrainer
 from grpo_kernels.trainer.models import train_tokenizer

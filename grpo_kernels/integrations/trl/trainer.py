@@ -144,12 +144,12 @@ class GroupRobustDPOTrainer(DPOTrainer):
         completion_mask = inputs["completion_mask"]
         asked = model_inputs | ({"output_router_logits": True} if self.aux_loss_enabled else {})
         scores = self._heads.score(model, asked, inputs["input_ids"].masked_fill(completion_mask == 0, -100))
-        policy_logps = scores.logps
+        policy_logps = scores.logps.to(group_ids.device)  # from the head's device, where a model is spread over several
         if self.precompute_ref_logps:
             chosen, rejected = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         else:
             chosen, rejected = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
-        ref_logps = torch.cat([chosen, rejected]).to(policy_logps.dtype)
+        ref_logps = torch.cat([chosen, rejected]).to(policy_logps)
         with self.group_weights.accumulate() if self._alpha_lags else contextlib.nullcontext():
             out = preference_loss(
                 policy_logps,
