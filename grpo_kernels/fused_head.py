@@ -165,10 +165,10 @@ class FusedHead:
                 "head was attached (an adapter was added since, say): remove() it and attach it again"
             )
         if self._trial:
-            logits = output[0] if isinstance(output, tuple) else output.logits
             scale, cap = self.options["logit_scale"], self.options["softcap"]
             known = scale * call.logits.float()
-            self._differences.append(_distance(logits, cap * torch.tanh(known / cap) if cap else known))
+            found = output[0] if isinstance(output, tuple) else getattr(output, "logits", output)
+            self._differences.append(_distance(found, cap * torch.tanh(known / cap) if cap else known))
         logps = call.logps
         return FusedHeadOutput(logps.sum(dim=1, dtype=torch.float64).to(logps.dtype), logps, output)
 

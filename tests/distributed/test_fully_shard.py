@@ -92,7 +92,9 @@ def shard(model, mesh, *, layers=False, head=False, **more):
     if layers:
         for layer in model.get_decoder().layers:
             fully_shard(layer, mesh=mesh, **more)
-    if head:
+    if head == "with the norm":
+        fully_shard([model.model.norm, model.lm_head], mesh=mesh, **more)
+    elif head:
         fully_shard(model.lm_head, mesh=mesh, **more)
     fully_shard(model, mesh=mesh, **more)
     assert isinstance(model, FSDPModule)
@@ -118,6 +120,9 @@ LAYOUTS = {
     "root, untied": (False, lambda model, mesh: attached(shard(model, mesh))),
     "layers, tied": (True, lambda model, mesh: attached(shard(model, mesh, layers=True))),
     "layers and head": (False, lambda model, mesh: attached(shard(model, mesh, layers=True, head=True))),
+    "layers, and norm with head": (
+        False, lambda model, mesh: attached(shard(model, mesh, layers=True, head="with the norm")),
+    ),
     "attached first": (False, lambda model, mesh: shard(attached(model), mesh, layers=True, head=True)),
     "resharded after forward": (
         False, lambda model, mesh: attached(shard(model, mesh, head=True, reshard_after_forward=True)),
@@ -140,6 +145,7 @@ LAYOUTS = {
     ),
     "DDP, tied": (True, lambda model, mesh: DistributedDataParallel(attached(model))),
     "DDP, untied": (False, lambda model, mesh: attached(DistributedDataParallel(model))),
+    "DDP, static graph": (False, lambda model, mesh: DistributedDataParallel(attached(model), static_graph=True)),
     "DDP, unused parameters looked for": (
         False, lambda model, mesh: DistributedDataParallel(attached(model), find_unused_parameters=True),
     ),
