@@ -20,7 +20,8 @@ from torchrun import finish, start  # noqa: E402
 
 PROGRAMS = {path.name for path in FOLDER.glob("*.py")}
 RUN_HERE = {"plain_pytorch.py", "hf_trainer.py", "torchrun_fsdp2.py"}
-RUN_ELSEWHERE = {"trl_dpo.py"}  # test_trl_example.py
+RUN_ELSEWHERE = {"trl_dpo.py"}
+"""By a test of their own: ``test_trl_example.py``."""
 NEEDS = {"hf_trainer.py": "accelerate", "trl_dpo.py": "trl"}
 
 
@@ -68,7 +69,7 @@ def assert_close(found: Result, expected: Result) -> None:
 
 
 def test_every_program_is_run_by_a_test():
-    assert PROGRAMS == RUN_HERE | RUN_ELSEWHERE
+    assert PROGRAMS == RUN_HERE | RUN_ELSEWHERE, "a new program: run it in a test, and say here where"
     assert set(re.findall(r"`(\w+\.py)`", (FOLDER / "README.md").read_text())) == PROGRAMS
 
 
