@@ -17,7 +17,7 @@ from trl_runs import (
     watch_alpha,
 )
 
-# float32 over five steps; measured 2e-7 on parameters of size 1.
+# float32 over five steps; measured 1.2e-7 on parameters and 4e-7 on losses.
 EXACT = 1e-6
 ONE_GROUP = {"many": 1}
 HEADS = pytest.mark.parametrize("fused_head", [True, False])
@@ -33,7 +33,7 @@ def assert_same_run(one, other):
     "changes",
     [
         {"loss_type": "sigmoid"},
-        {"loss_type": "hinge", "beta": 0.5, "learning_rate": 0.01},
+        {"loss_type": "hinge"},
         {"loss_type": "ipo", "beta": 0.5, "learning_rate": 0.01},
         {"loss_type": "sigmoid_norm", "beta": 0.5},
         {"loss_type": "robust", "label_smoothing": 0.1},

@@ -22,6 +22,12 @@ LOSSES: dict[str, tuple[LossType, bool]] = {
 }
 """TRL's name of a loss → this package's, and whether log-probabilities are divided by the reply's length."""
 
+TAKEN_COLUMNS = {
+    "prompt", "chosen", "rejected", "image", "images", "tools", "chat_template_kwargs",
+    "prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps",
+}  # fmt: skip
+"""Columns that TRL reads or makes."""
+
 
 @dataclass
 class GroupRobustDPOConfig(DPOConfig):
@@ -106,10 +112,8 @@ class GroupRobustDPOConfig(DPOConfig):
             TypeError, ValueError: see the class.
         """
         loss_settings(self)
-        taken = ("prompt", "chosen", "rejected", "images", "image", "tools", "chat_template_kwargs")
-        column = self.group_column
-        if not isinstance(column, str) or not column or column in taken or column.endswith(("_ids", "_logps", "_mask")):
-            raise ValueError(f"group_column must name a column that TRL does not use itself, got {column!r}")
+        if not isinstance(self.group_column, str) or not self.group_column or self.group_column in TAKEN_COLUMNS:
+            raise ValueError(f"group_column must name a column that TRL does not use itself, got {self.group_column!r}")
         if self.max_logged_groups < 0:
             raise ValueError(f"max_logged_groups must not be negative, got {self.max_logged_groups}")
         # What the sizes are does not matter to these rules, and the real ones are not known yet.

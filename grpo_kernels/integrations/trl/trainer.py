@@ -119,12 +119,7 @@ class GroupRobustDPOTrainer(DPOTrainer):
             require_known(dataset, args.group_column, names, name)
         self.data_collator = GroupCollator(self.data_collator, args.group_column, names)
         self._tallies = {"train": GroupTally(names), "eval": GroupTally(names)}
-        self.add_callback(_StepAlpha(self.group_weights, self._alpha_lags))
-
-    @property
-    def _alpha_lags(self) -> bool:
-        # Of the settings, not of the window at hand: a last window of one micro-batch lags like all others.
-        return self.args.gradient_accumulation_steps > 1
+        self.add_callback(_StepAlpha(self.group_weights))
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -150,7 +145,7 @@ class GroupRobustDPOTrainer(DPOTrainer):
         else:
             chosen, rejected = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
         ref_logps = torch.cat([chosen, rejected]).to(policy_logps)
-        with self.group_weights.accumulate() if self._alpha_lags else contextlib.nullcontext():
+        with self.group_weights.accumulate() if _alpha_lags(self.args) else contextlib.nullcontext():
             out = preference_loss(
                 policy_logps,
                 ref_logps,
@@ -276,23 +271,22 @@ class GroupRobustDPOTrainer(DPOTrainer):
 
 
 class _StepAlpha(TrainerCallback):
-    """Moves alpha once per optimizer step, by all that its micro-batches observed, where no batch moves it itself.
+    """Moves alpha once per optimizer step, by all that its micro-batches observed, where no batch moves it itself."""
 
-    Args:
-        group_weights: alpha.
-        lags: whether micro-batches only observe.
-    """
-
-    def __init__(self, group_weights: GroupWeights, lags: bool) -> None:
+    def __init__(self, group_weights: GroupWeights) -> None:
         self.group_weights = group_weights
-        self.lags = lags
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.group_weights.discard()  # of a run that was broken off within a step
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.lags:
+        if _alpha_lags(args):
             self.group_weights.step()
+
+
+def _alpha_lags(args: Any) -> bool:
+    """Whether micro-batches only observe: of the settings, so that a last window of one lags like all others."""
+    return args.gradient_accumulation_steps > 1
 
 
 def _named(datasets: Any) -> dict[str, Any]:
