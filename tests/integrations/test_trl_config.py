@@ -38,6 +38,9 @@ from grpo_kernels.integrations.trl.config import LOSSES, loss_settings
         ({"group_column": "prompt_ids"}, "group_column must name a column"),
         ({"group_column": ""}, "group_column must name a column"),
         ({"memory_budget": "lots"}, "memory_budget must be 'auto'"),
+        ({"memory_budget": -1}, "memory_budget must be 'auto'"),
+        ({"memory_budget": 1.5}, "memory_budget must be 'auto'.*got 1.5"),
+        ({"backend": "tpu"}, "backend must be 'auto' or one of .*, got 'tpu'"),
         ({"max_logged_groups": -1}, "max_logged_groups must not be negative"),
     ],
 )

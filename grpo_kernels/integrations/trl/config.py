@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from trl import DPOConfig
 
-from ... import GroupWeights
+from ... import GroupWeights, backends
 from ...checks import check_loss_settings
 from ...types import LossType
 
@@ -101,7 +101,6 @@ class GroupRobustDPOConfig(DPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.memory_budget = _budget(self.memory_budget)
         self.prior = "uniform" if self.prior is None else self.prior
         self.check_groups()
 
@@ -112,6 +111,9 @@ class GroupRobustDPOConfig(DPOConfig):
             TypeError, ValueError: see the class.
         """
         loss_settings(self)
+        self.memory_budget = _budget(self.memory_budget)
+        if self.backend != "auto" and self.backend not in backends():
+            raise ValueError(f"backend must be 'auto' or one of {', '.join(backends())}, got {self.backend!r}")
         if not isinstance(self.group_column, str) or not self.group_column or self.group_column in TAKEN_COLUMNS:
             raise ValueError(f"group_column must name a column that TRL does not use itself, got {self.group_column!r}")
         if self.max_logged_groups < 0:
@@ -197,15 +199,19 @@ def _by_name(setting: str, values: Any, sizes: Mapping[str, int]) -> list[float]
 
 
 def _budget(value: Any) -> float | str:
-    if value is None:
+    """The setting as ``attach_fused_head`` takes it; the command line gives text."""
+    rule = "memory_budget must be 'auto', bytes (an int) or a share of memory (a float in [0, 1])"
+    if value is None or value == "auto":
         return "auto"
-    if isinstance(value, str) and value != "auto":
+    number = value
+    if isinstance(value, str):
         try:
-            number = float(value)
+            # "1" is one byte, "1.0" all of the memory, as with numbers.
+            number = int(value) if value.strip().isdigit() else float(value)
         except ValueError:
             number = math.nan
-        if not number >= 0:
-            raise ValueError(f"memory_budget must be 'auto', bytes or a share of memory, got {value!r}")
-        # "1" is one byte, "1.0" all of the memory: as numbers are told apart everywhere else.
-        return int(value) if value.strip().isdigit() else number
-    return value
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{rule}, got {value!r}")
+    if not number >= 0 or (isinstance(number, float) and number > 1):
+        raise ValueError(f"{rule}, got {value!r}")
+    return number
