@@ -10,6 +10,7 @@ What differs from a program with ``DPOTrainer`` is marked with (*).
 import argparse
 import random
 
+import torch
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
@@ -57,7 +58,10 @@ def main() -> None:
 
     set_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(options.model) if options.model else ByT5Tokenizer()
-    model = AutoModelForCausalLM.from_pretrained(options.model) if options.model else tiny_model(tokenizer)
+    # What is trained is in float32 whatever is stored: at a step of 1e-6 a bfloat16 parameter never changes.
+    dtype = "auto" if options.lora else torch.float32
+    load = AutoModelForCausalLM.from_pretrained
+    model = load(options.model, dtype=dtype) if options.model else tiny_model(tokenizer)
     train = load_dataset("json", data_files=options.train, split="train") if options.train else made_up_pairs(600, 1)
     test = load_dataset("json", data_files=options.test, split="train") if options.test else made_up_pairs(200, 2)
     peft_config = None
