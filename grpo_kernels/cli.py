@@ -6,13 +6,14 @@ is not finite); 130 when interrupted.  ``GRPO_KERNELS_TRACEBACK=1`` shows where 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -120,14 +121,21 @@ def _rank() -> int:
 
 def _fail(message: str, code: int = 2) -> int:
     who = f"rank {_rank()}: " if _rank() > 0 else ""
-    print(f"grpo-kernels: error: {who}{' '.join(message.split())}", file=sys.stderr)
+    _say(f"error: {who}{message}")
     return code
 
 
 def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
     if _rank() > 0:
         return  # the first rank has the same to say
-    print(f"grpo-kernels: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    _say(f"warning: {message}")
+
+
+def _say(text: str) -> None:
+    from .trainer.terminal import printable
+
+    # One line, whatever a message quotes out of a file.
+    print(f"grpo-kernels: {printable(' '.join(text.split()))}", file=sys.stderr)
 
 
 def _train(arguments: list[str]) -> int:
@@ -160,7 +168,7 @@ def _eval(arguments: list[str]) -> int:
     config = _parse(EvalConfig, rest, usage, _EVAL_ABOUT, defaults)
     report = evaluate_model(config, groups_of(target) if target is not None else None)
     if config.json:
-        print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+        print(json.dumps(report.to_dict(), indent=2))  # in ASCII: the name of a group may hold anything
         return 0
     print(f"{config.model.name} on {config.data.test}")
     against = config.reference or "no reference: margins are plain differences of log-probability"
@@ -238,20 +246,34 @@ def _parse(
     except ImportError as error:
         raise ImportError("the trainer's commands need its packages: pip install 'grpo-kernels[train]'") from error
 
+    from .trainer.config_file import check_config_file
+
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog="grpo-kernels", usage=usage, description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="A YAML file of settings.")
     parser.add_class_arguments(kind)
-    if defaults:
-        parser.set_defaults(defaults)
+    try:
+        parser.set_defaults(defaults or {})
+    except KeyError as error:
+        raise ValueError(f"the configuration of the run is not one of this version: {error.args[0]}") from error
+    for name in _config_files(arguments):
+        check_config_file(name)
     switches = {f"--{f.name}" for f in fields(kind) if f.type in (bool, "bool")}
     try:
         parsed = parser.parse_args(_with_values(arguments, switches))
     except ArgumentError as error:
         raise ValueError(str(error)) from error
+    for f in fields(kind):
+        if is_dataclass(f.default_factory) and not hasattr(parsed[f.name], "keys"):
+            raise ValueError(f"{f.name} must hold settings by name, got {parsed[f.name]!r}")
     # The older name goes away in version 5, the newer came with 4.49.
     made = (getattr(parser, "instantiate", None) or parser.instantiate_classes)(parsed)
     return kind(**{f.name: made[f.name] for f in fields(kind)})
+
+
+def _config_files(arguments: list[str]) -> list[str]:
+    given = [argument.removeprefix("--config=") for argument in arguments if argument.startswith("--config=")]
+    return given + [after for before, after in itertools.pairwise(arguments) if before == "--config"]
 
 
 def _with_values(arguments: list[str], switches: set[str]) -> list[str]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from .distributed import ALONE, Ranks
-from .run_directory import remove, sync_file, sync_folder, write_atomically
+from .run_directory import naming, remove, sync_file, sync_folder, write_atomically
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -72,6 +72,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> P
             remove(target)
         os.rename(temporary, target)
         sync_folder(folder)
+        sync_folder(folder.parent)
     except OSError as error:
         raise CheckpointError(
             f"the checkpoint of step {checkpoint.step} cannot be saved in {folder}: {error}"
@@ -79,7 +80,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> P
     finally:
         if temporary.exists():
             remove(temporary)
-    for old in sorted_checkpoints(folder)[:-keep]:
+    # What is newer is damaged, for the run went on from before it; it does not count, and is replaced when reached.
+    older = [path for path in sorted_checkpoints(folder) if _step(path) < checkpoint.step]
+    for old in older[: max(len(older) - keep + 1, 0)]:
         # Renamed first: a process that dies within the removal must not leave half a checkpoint under a good name.
         gone = old.with_name(f".{old.name}.tmp")
         os.rename(old, gone)
@@ -88,17 +91,14 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> P
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     files = {}
     for name, tensors in checkpoint.parts.items():
         path = folder / f"{name}.safetensors"
-        try:
+        with naming(path):
             save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path)
-        except SafetensorError as error:  # how it reports a full disk
-            raise OSError(str(error)) from error
-        sync_file(path)
+            sync_file(path)
         files[path.name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
     body = {"format": FORMAT, "step": checkpoint.step, "files": files, "scalars": checkpoint.scalars}
     text = json.dumps({"sha256": _sha256_of(body), "body": body}, indent=1, ensure_ascii=False, allow_nan=False)
@@ -121,14 +121,16 @@ def load_checkpoint(path: Path) -> Checkpoint:
     parts: dict[str, Tensors] = {}
     for name, expected in body["files"].items():
         # One reading for the sum and the tensors: what is used is what was checked.
+        file = path / Path(name).name
         try:
-            data = (path / Path(name).name).read_bytes()
+            size = file.stat().st_size
+            if size != expected["bytes"] or not file.is_file():  # a pipe would be waited for
+                raise CheckpointError(
+                    f"checkpoint {path} is damaged: {name} has {size} bytes, {expected['bytes']} were written"
+                )
+            data = file.read_bytes()
         except OSError as error:
             raise CheckpointError(f"checkpoint {path} is damaged: {name}: {error.strerror}") from error
-        if len(data) != expected["bytes"]:
-            raise CheckpointError(
-                f"checkpoint {path} is damaged: {name} has {len(data)} bytes, {expected['bytes']} were written"
-            )
         if hashlib.sha256(data).hexdigest() != expected["sha256"]:
             raise CheckpointError(f"checkpoint {path} is damaged: {name} does not have the SHA-256 it was written with")
         try:
@@ -148,9 +150,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / MANIFEST).read_bytes())
         body, expected = manifest["body"], manifest["sha256"]
         found = _sha256_of(body)
+        sizes = [file["bytes"] + len(file["sha256"]) + len(name) for name, file in body["files"].items()]
+        body["step"] + sum(sizes), body["scalars"].keys()
     except OSError as error:
         raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST} is not what was written: {error}") from error
     if found != expected:
         raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST} does not have the SHA-256 it names")
@@ -163,8 +167,11 @@ def sorted_checkpoints(folder: Path) -> list[Path]:
     """All folders with a checkpoint's name, oldest first; whether they are whole is for reading to tell."""
     if not folder.is_dir():
         return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def load_latest(folder: Path) -> Checkpoint | None:

@@ -5,12 +5,12 @@ The command line builds these from a YAML file and flags (``--data.train FILE``)
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from ..checks import check_loss_settings
 from ..types import LossType
+from .setting_types import check_types
 
 
 @dataclass
@@ -204,14 +204,19 @@ class TrainConfig:
         """Every rule that can be told from the configuration alone.
 
         Raises:
-            ValueError: naming the setting as it is written on the command line, the rule and what came.
+            TypeError, ValueError: naming the setting as it is written on the command line, the rule and what came.
         """
-        check_loss_settings(self.loss.beta, self.loss.type, self.loss.label_smoothing)
+        check_types(self)
+        check_loss(self.loss)
+        check_data(self.data)
         _require(bool(self.data.train), "data.train", "must name the training pairs", self.data.train)
+        _require(bool(self.run_dir.strip()), "run_dir", "must name a folder", self.run_dir)
         for name in ("steps", "batch_size", "log_every", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, name, "must be at least 1", getattr(self, name))
-        for name in ("eval_every", "save_every", "seed"):
+        for name in ("eval_every", "save_every"):
             _require(getattr(self, name) >= 0, name, "must not be negative", getattr(self, name))
+        # Ranks, and the warm-up, take their seeds from above.
+        _require(0 <= self.seed < 1 << 32, "seed", "must be at least 0 and below 2**32", self.seed)
         micro = self.micro_batch_size
         _require(
             micro is None or (micro >= 1 and self.batch_size % micro == 0),
@@ -220,41 +225,67 @@ class TrainConfig:
             micro,
         )
         _require(not (self.resume and self.overwrite), "resume", "and overwrite exclude each other", True)
-        data, optim, groups, supervised = self.data, self.optim, self.groups, self.supervised
-        _require(data.max_length >= 2, "data.max_length", "must be at least 2", data.max_length)
-        _require(
-            1 <= data.max_prompt_length < data.max_length,
-            "data.max_prompt_length",
-            f"must leave room for a reply within data.max_length={data.max_length}",
-            data.max_prompt_length,
-        )
-        _require(_finite(optim.lr) and optim.lr > 0, "optim.lr", "must be positive and finite", optim.lr)
-        _require(_finite(optim.eps) and optim.eps > 0, "optim.eps", "must be positive and finite", optim.eps)
+        optim, groups, supervised = self.optim, self.groups, self.supervised
+        _require(optim.lr > 0, "optim.lr", "must be positive", optim.lr)
+        _require(optim.eps > 0, "optim.eps", "must be positive", optim.eps)
         _require(all(0 <= b < 1 for b in optim.betas), "optim.betas", "must be in [0, 1)", optim.betas)
         for name in ("weight_decay", "momentum", "lr_warmup_steps", "max_grad_norm"):
             value = getattr(optim, name)
-            _require(_finite(value) and value >= 0, f"optim.{name}", "must not be negative", value)
+            _require(value >= 0, f"optim.{name}", "must not be negative", value)
         _require(
-            optim.projection == "none" or (_finite(optim.projection_radius) and optim.projection_radius > 0),
+            optim.projection == "none" or optim.projection_radius > 0,
             "optim.projection_radius",
             f"must be positive with optim.projection={optim.projection}",
             optim.projection_radius,
         )
         for name in ("group_lr", "size_adjustment"):
             value = getattr(groups, name)
-            _require(_finite(value) and value >= 0, f"groups.{name}", "must not be negative", value)
+            _require(value >= 0, f"groups.{name}", "must not be negative", value)
         _require(0 <= groups.mixing <= 1, "groups.mixing", "must be in [0, 1]", groups.mixing)
         _require(supervised.steps >= 0, "supervised.steps", "must not be negative", supervised.steps)
         _require(supervised.batch_size >= 1, "supervised.batch_size", "must be at least 1", supervised.batch_size)
-        _require(_finite(supervised.lr) and supervised.lr > 0, "supervised.lr", "must be positive", supervised.lr)
+        _require(supervised.lr > 0, "supervised.lr", "must be positive", supervised.lr)
         minutes = self.distributed.timeout_minutes
-        _require(_finite(minutes) and minutes > 0, "distributed.timeout_minutes", "must be positive", minutes)
-        if self.model.lora is not None:
-            _require(self.model.lora.rank >= 1, "model.lora.rank", "must be at least 1", self.model.lora.rank)
+        _require(0 < minutes <= 10080, "distributed.timeout_minutes", "must be positive and at most a week", minutes)
+        if (lora := self.model.lora) is not None:
+            _require(lora.rank >= 1, "model.lora.rank", "must be at least 1", lora.rank)
+            _require(lora.alpha > 0, "model.lora.alpha", "must be positive", lora.alpha)
+            _require(0 <= lora.dropout < 1, "model.lora.dropout", "must be in [0, 1)", lora.dropout)
+            modules = lora.target_modules
+            _require(bool(modules), "model.lora.target_modules", "must name the layers to adapt", modules)
 
 
-def _finite(value: float) -> bool:
-    return math.isfinite(value)
+def check_loss(loss: LossConfig) -> None:
+    """The rules of the loss's settings.
+
+    Raises:
+        TypeError, ValueError: naming the setting.
+    """
+    try:
+        check_loss_settings(loss.beta, loss.type, loss.label_smoothing)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"loss.{error}") from None
+
+
+def check_data(data: DataConfig) -> None:
+    """The rules of the data's settings, but for where it is.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    names = ("prompt_field", "chosen_field", "rejected_field", "group_field")
+    for index, name in enumerate(names):
+        value = getattr(data, name)
+        _require(bool(value), f"data.{name}", "must name a field", value)
+        for other in names[:index]:
+            _require(value != getattr(data, other), f"data.{name}", f"must not be the field of data.{other}", value)
+    _require(data.max_length >= 2, "data.max_length", "must be at least 2", data.max_length)
+    _require(
+        1 <= data.max_prompt_length < data.max_length,
+        "data.max_prompt_length",
+        f"must leave room for a reply within data.max_length={data.max_length}",
+        data.max_prompt_length,
+    )
 
 
 def _require(holds: bool, name: str, rule: str, value: object) -> None:

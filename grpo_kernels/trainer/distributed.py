@@ -231,11 +231,11 @@ def open_ranks(config: DistributedConfig, device: str) -> Iterator[Ranks]:
                 "distributed.strategy=fully_shard needs ranks to shard over: start with torchrun --nproc-per-node N, "
                 "N=1 for one"
             )
-        yield Ranks(_device(device))
+        yield Ranks(usable_device(device))
         return
     if ours:
         rank, size, local_rank = _environment()
-        place = _device(device, local_rank, size)
+        place = usable_device(device, local_rank, size)
         if place.type == "cuda":
             torch.cuda.set_device(place)
         dist.init_process_group(
@@ -246,7 +246,7 @@ def open_ranks(config: DistributedConfig, device: str) -> Iterator[Ranks]:
             device_id=place if place.type == "cuda" else None,
         )
     else:
-        place = _device(device, int(os.environ.get("LOCAL_RANK", dist.get_rank())), dist.get_world_size())
+        place = usable_device(device, int(os.environ.get("LOCAL_RANK", dist.get_rank())), dist.get_world_size())
     ranks = Ranks(place, connected=True)
     if not ranks.first:
         logging.getLogger("grpo_kernels").setLevel(logging.ERROR)  # the first rank has the same to say
@@ -280,7 +280,16 @@ def _environment() -> tuple[int, int, int]:
     return rank, size, local_rank
 
 
-def _device(name: str, local_rank: int = 0, size: int = 1) -> torch.device:
+def usable_device(name: str, local_rank: int = 0, size: int = 1) -> torch.device:
+    """The device of a name, once a number has been there and back.
+
+    Args:
+        name: as configured, "auto" for CUDA where it is and else the CPU.
+        local_rank, size: of this rank; of several on a machine each has its own device.
+
+    Raises:
+        ValueError: it cannot be used; says why.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -296,7 +305,7 @@ def _device(name: str, local_rank: int = 0, size: int = 1) -> torch.device:
                     "ranks on it, or say device=cpu"
                 )
             device = torch.device("cuda", local_rank)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # "meta" can be asked for, and holds nothing
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return device

@@ -13,6 +13,9 @@ import torch
 from .config import LossConfig
 from .distributed import ALONE, Ranks, reshard
 from .scoring import group_loss, reply_logps
+from .terminal import printable
+
+_WIDEST_NAME = 40
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ class GroupReport:
             else:
                 numbers = ["-", "-", "-"]
             alpha = [f"{group_weights[name]:.3f}"] if group_weights else []
-            rows.append([name, str(self.n[i]), *numbers, *alpha])
+            rows.append([printable(name, _WIDEST_NAME), str(self.n[i]), *numbers, *alpha])
         margin = self._mean(self.margin, self.n)
         rows.append(
             ["all pairs", str(sum(self.n)), f"{self.mean_loss:.4f}", f"{self.mean_accuracy:.3f}", f"{margin:+.2f}"]

@@ -7,14 +7,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .config import DataConfig, LossConfig, ModelConfig
+from .config import DataConfig, LossConfig, ModelConfig, check_data, check_loss
 from .data import PreferenceCollator, read_pairs, tokenize_pairs
+from .distributed import usable_device
 from .evaluate import GroupReport, evaluate, pair_logps
+from .inputs import try_backend
 from .models import check_positions, load_policy
 from .results import no_progress_bars
 from .run_directory import CONFIG, FINAL, FINAL_AVERAGE, START, SUMMARY
+from .setting_types import check_types
 
 
 @dataclass
@@ -61,7 +62,7 @@ def defaults_for(target: str, average: bool = False) -> dict[str, Any]:
         run = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
         settings = {"model": run["model"], "data": run["data"], "loss": run["loss"]}
         flat = {f"{section}.{key}": value for section, entries in settings.items() for key, value in entries.items()}
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder / CONFIG} is not the configuration of a run: {error!r}") from error
     model = folder / (FINAL_AVERAGE if average else FINAL)
     if not model.is_dir():
@@ -72,8 +73,10 @@ def defaults_for(target: str, average: bool = False) -> dict[str, Any]:
     flat["model.name"] = str(model)
     flat["bf16"] = run.get("bf16", False)
     flat["batch_size"] = run.get("micro_batch_size") or run.get("batch_size", 32)
-    # Adapters, if any, are in the folder; the embedded model's shape and a hub revision are in it as well.
-    for name in ("model.lora", "model.tiny", "model.revision", "model.gradient_checkpointing"):
+    # Adapters, if any, are in the folder; the embedded model's shape and a hub revision are in it as well.  Whether
+    # code of a model may run is asked anew: a folder must not be able to answer it for itself.
+    not_taken = ("lora", "tiny", "revision", "gradient_checkpointing", "trust_remote_code")
+    for name in (f"model.{setting}" for setting in not_taken):
         flat.pop(name, None)
     return flat
 
@@ -84,8 +87,8 @@ def groups_of(target: str) -> list[str] | None:
     if not is_run(target) or not path.is_file():
         return None
     try:
-        return list(json.loads(path.read_text(encoding="utf-8"))["train_groups"])
-    except (ValueError, KeyError, TypeError) as error:
+        return list(json.loads(path.read_text(encoding="utf-8"))["train_groups"].keys())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not the summary of a run: {error!r}") from error
 
 
@@ -102,11 +105,15 @@ def evaluate_model(config: EvalConfig, groups: list[str] | None = None) -> Group
     Raises:
         ValueError: settings or data, naming them; a reference whose tokens are not the model's.
     """
+    check_types(config)
+    check_loss(config.loss)
+    check_data(config.data)
     if not config.data.test:
         raise ValueError("data.test must name the pairs to evaluate on, got ''")
     if config.batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {config.batch_size}")
-    device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    device = usable_device(config.device)
+    try_backend(config.loss, device)
     pairs = read_pairs(config.data.test, config.data, split=config.data.test_split)
     with no_progress_bars():
         model, tokenizer = load_policy(replace(config.model, lora=None, gradient_checkpointing=False))

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import GroupWeights
-from .config import TrainConfig
+import torch
+
+from .. import GroupWeights, UnavailableBackendError, preference_loss
+from .config import LossConfig, TrainConfig
 from .data import PairDataset, pair_texts, read_pairs, tokenize_pairs
 from .distributed import Ranks
 from .models import check_positions, load_policy
@@ -45,6 +47,9 @@ def read_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
         ranks.require_divisible("supervised.batch_size", config.supervised.batch_size)
     if ranks.first:
         refuse_existing(Path(config.run_dir), overwrite=config.overwrite, resume=config.resume)
+        if config.reference_cache and Path(config.reference_cache).is_file():
+            raise ValueError(f"reference_cache must be a folder, {config.reference_cache} is a file")
+    try_backend(config.loss, ranks.device)
     train_pairs = read_pairs(config.data.train, config.data, split=config.data.train_split)
     test_pairs = read_pairs(config.data.test, config.data, split=config.data.test_split) if config.data.test else []
     with no_progress_bars() if config.quiet else nullcontext():
@@ -55,6 +60,22 @@ def read_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
     sampler = make_sampler(config.sampling, train_set.group_ids, config.batch_size, config.seed, ranks.rank, ranks.size)
     group_weights = make_group_weights(config, train_set.group_sizes, sampler.sampling_probs)
     return Inputs(model, tokenizer, train_set, test_set, sampler, group_weights)
+
+
+def try_backend(loss: LossConfig, device: torch.device) -> None:
+    """Let a backend that is not here, or not for this device, say so now and not at the first step."""
+    try:
+        preference_loss(
+            torch.zeros(2, device=device),
+            torch.zeros(2, device=device),
+            torch.zeros(1, dtype=torch.int64, device=device),
+            torch.ones(1, device=device),
+            beta=loss.beta,
+            loss_type=loss.type,
+            backend=loss.backend,
+        )
+    except (ValueError, UnavailableBackendError) as error:
+        raise type(error)(f"loss.backend={loss.backend!r} cannot be used: {error}") from error
 
 
 def make_group_weights(config: TrainConfig, group_sizes: dict[str, int], sampling_probs: list[float]) -> GroupWeights:

@@ -51,6 +51,7 @@ from .run_directory import (
 from .scoring import group_loss
 from .state import TrainState, check_resumable, run_identity, share_checkpoint
 from .supervised import warm_up
+from .terminal import printable
 
 
 @dataclass
@@ -89,11 +90,12 @@ def train(config: TrainConfig) -> RunResult:
     Raises:
         ValueError, TypeError: configuration or data, with the setting or the file, line and field; before anything is
             written.  On resuming, also a setting that differs from the checkpoint's.
-        NonFiniteError: a loss or gradient is not finite; the last checkpoint stays as it was.
+        NonFiniteError: a loss, a gradient or a parameter is not finite; the last checkpoint stays as it was.
         CheckpointError: a checkpoint cannot be saved, or none can be read.
         PeerError: any of these went wrong on another rank; the ranks after the first raise it for all of them.
     """
     config.check()
+    config = replace(config, run_dir=str(Path(config.run_dir).expanduser()))
     began = time.monotonic()
     with open_ranks(config.distributed, config.device) as ranks, ExitStack() as stack:
         if not ranks.first:
@@ -224,12 +226,13 @@ class _Job:
                     {"kind": "train", "step": done, "lr": rate, "grad_norm": float(norm), **record, "alpha": alpha}
                 )
                 worst = record["worst_group"]
-                note = f"loss {record['loss']:.3f}  worst {worst} {record['groups'][worst]['loss']:.3f}"
+                note = f"loss {record['loss']:.3f}  worst {printable(worst, 24)} {record['groups'][worst]['loss']:.3f}"
                 note += f"  alpha {alpha[worst]:.3f}"
                 state.window.clear()
             if self.test_set is not None and (last or (config.eval_every and done % config.eval_every == 0)):
                 report, average_report = self._evaluate(state, self.test_set, metrics)
             if last or (config.save_every and done % config.save_every == 0):
+                self._refuse_non_finite_parameters(done)
                 state.metrics_bytes = metrics.sync()
                 state.seconds = earlier + time.monotonic() - began
                 saved = state.checkpoint(config, self.train_set, self.test_set)
@@ -298,6 +301,18 @@ class _Job:
                 f"the batch was {named}{more}"
             )
         raise self.ranks.alike(NonFiniteError(f"step {step}: {what}. Nothing of this step was kept."))
+
+    def _refuse_non_finite_parameters(self, step: int) -> None:
+        """A finite gradient can still lead out of float32; what it led to must not take a good checkpoint's place."""
+        counts = self.ranks.sum(torch.stack([(~local_part(p).isfinite()).sum() for p in self.parameters.values()]))
+        bad = [name for name, count in zip(self.parameters, counts.tolist(), strict=True) if count]
+        if bad:
+            raise self.ranks.alike(
+                NonFiniteError(
+                    f"step {step}: {len(bad)} of {len(self.parameters)} parameters are not finite, {bad[0]} first; "
+                    f"nothing was saved. Lower optim.lr={self.config.optim.lr:g}, and resume or start again."
+                )
+            )
 
     def _evaluate(
         self, state: TrainState, test_set: PairDataset, metrics: Metrics | None

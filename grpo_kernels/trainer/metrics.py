@@ -10,8 +10,11 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from .run_directory import naming
 
 
 class Metrics:
@@ -31,27 +34,27 @@ class Metrics:
         self._file, self._board = None, None
         if path is None:
             return
-        self._file = open(path, "ab")  # noqa: SIM115 - closed by close()
-        if self._file.tell() < keep_bytes:
-            warnings.warn(f"{path} is shorter than when the checkpoint was saved; some lines are lost", stacklevel=2)
-        self._file.truncate(min(keep_bytes, self._file.tell()))
-        self._file.seek(0, os.SEEK_END)
-        self._board = _summary_writer(tensorboard, step)
+        self._path = path
+        with naming(path):
+            self._file = open(path, "ab")  # noqa: SIM115 - closed by close()
+            if self._file.tell() < keep_bytes:
+                warnings.warn(f"{path} is shorter than when the checkpoint was saved; lines are lost", stacklevel=2)
+            self._file.truncate(min(keep_bytes, self._file.tell()))
+            self._file.seek(0, os.SEEK_END)
+        with self._without_board_if_it_fails():
+            self._board = _summary_writer(tensorboard, step)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """One record; numbers that are not finite become null, as JSON has no word for them."""
         if self._file is None:
             return
-        self._file.write((json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n").encode())
-        self._file.flush()
-        if self._board is not None:
-            for tag, value in _scalars(record):
-                self._board.add_scalar(f"{record['kind']}/{tag}", value, record["step"])
-
-    def scalar(self, tag: str, value: float, step: int) -> None:
-        """A number for TensorBoard alone, one of the clock say."""
-        if self._board is not None:
-            self._board.add_scalar(tag, value, step)
+        with naming(self._path):
+            self._file.write((json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n").encode())
+            self._file.flush()
+        with self._without_board_if_it_fails():
+            if self._board is not None:
+                for tag, value in _scalars(record):
+                    self._board.add_scalar(f"{record['kind']}/{tag}", value, record["step"])
 
     def sync(self) -> int:
         """All lines on the disk.
@@ -61,16 +64,27 @@ class Metrics:
         """
         if self._file is None:
             return 0
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return self._file.tell()
+        with naming(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            return self._file.tell()
 
     def close(self) -> None:
         """Close the file and TensorBoard's."""
         if self._file is not None:
             self._file.close()
-        if self._board is not None:
-            self._board.close()
+        with self._without_board_if_it_fails():
+            if self._board is not None:
+                self._board.close()
+
+    @contextmanager
+    def _without_board_if_it_fails(self) -> Iterator[None]:
+        """TensorBoard's files are a convenience: a run does not end for them."""
+        try:
+            yield
+        except OSError as error:
+            self._board = None
+            warnings.warn(f"TensorBoard's files cannot be written ({error}); going on without", stacklevel=4)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -81,7 +95,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         raise ValueError(f"there is no {path}")
-    lines = path.read_text(encoding="utf-8").split("\n")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
     records = []
     for number, line in enumerate(lines[:-1], start=1):
         try:

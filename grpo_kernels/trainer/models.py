@@ -178,8 +178,10 @@ def _pretrained(config: ModelConfig) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, config.dtype), **options)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model.name={config.name!r} cannot be loaded: {error}") from error
+    except ImportError:
+        raise
+    except Exception as error:  # whatever a damaged file brings about, a pickle that is none among it
+        raise ValueError(f"model.name={config.name!r} cannot be loaded: {error or type(error).__name__}") from error
     return model, tokenizer
 
 
@@ -206,7 +208,10 @@ def _read_template(name: str) -> str:
     path = Path(name).expanduser()
     if not path.is_file():
         raise ValueError(f"model.chat_template must name a file with a Jinja template, there is no {name!r}")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"model.chat_template={name!r} cannot be read: {error}") from error
 
 
 def _ensure_pad_token(tokenizer: Any, name: str) -> None:
@@ -246,4 +251,7 @@ def _with_adapters(model: Any, config: LoraConfig) -> Any:
         target_modules=config.target_modules,
         task_type="CAUSAL_LM",
     )
-    return peft.get_peft_model(model, adapters)
+    try:
+        return peft.get_peft_model(model, adapters)
+    except (ValueError, re.error) as error:  # layers may be named by a regular expression
+        raise ValueError(f"model.lora cannot be applied to this model: {error}") from error

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from .terminal import printable
+
 
 class Progress:
     """A bar on a terminal, else about ten lines a run, on standard error.
@@ -33,22 +35,13 @@ class Progress:
             note: what to show beside the count from now on; None keeps what was.
         """
         self.done += 1
-        self._note = self._note if note is None else note
+        self._note = self._note if note is None else printable(note)
         if self._bar is not None:
             if note is not None:
-                self._bar.set_postfix_str(note, refresh=False)
+                self._bar.set_postfix_str(self._note, refresh=False)
             self._bar.update()
         elif not self.quiet and (self.done % self._every == 0 or self.done == self.total):
             print(f"{self.label} {self.done}/{self.total}  {self._note}".rstrip(), file=sys.stderr, flush=True)
-
-    def say(self, text: str) -> None:
-        """A line that stays, above the bar."""
-        if self.quiet:
-            return
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
-        else:
-            print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leave the terminal as it was."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,12 @@ def read_pairs(source: str, config: DataConfig, *, split: str = "train") -> list
         ValueError: no such file; nothing in it; broken JSON; a field that is missing or of the wrong type; an empty
             reply; equal replies: naming the file, the line or row, and the field.
     """
-    pairs = [_pair(row, config, where) for row, where in _rows(source, config, split)]
+    pairs = []
+    for row, where in _rows(source, config, split):
+        try:
+            pairs.append(_pair(row, config, where))
+        except RecursionError as error:
+            raise ValueError(f"{where}: nested too deeply") from error
     if not pairs:
         raise ValueError(f"{source} holds no pairs")
     return pairs
@@ -80,12 +86,16 @@ def pair_texts(pairs: list[Pair]) -> Iterator[str]:
 
 
 def _rows(source: str, config: DataConfig, split: str) -> Iterator[tuple[dict[str, Any], str]]:
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+        is_file, exists = path.is_file(), path.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long, or a home of nobody
+        raise ValueError(f"{source!r} cannot be the name of a file of preference pairs: {error}") from error
     if source.endswith(_SUFFIXES):
-        if not path.is_file():
+        if not is_file:
             raise ValueError(f"no such file of preference pairs: {source}")
         return _parquet_rows(path, source, config) if source.endswith(".parquet") else _json_rows(path, source)
-    if path.exists() or path.suffix in (".json", ".csv", ".tsv", ".txt", ".gz", ".zip", ".ndjson"):
+    if exists or path.suffix in (".json", ".csv", ".tsv", ".txt", ".gz", ".zip", ".ndjson"):
         raise ValueError(
             f"preference pairs are read from {', '.join(_SUFFIXES)} files or from the hub, got {source!r}"
             + ("; a .json or .ndjson file with one object a line only needs renaming" if "json" in path.suffix else "")
@@ -96,27 +106,34 @@ def _rows(source: str, config: DataConfig, split: str) -> Iterator[tuple[dict[st
 
 
 def _json_rows(path: Path, source: str) -> Iterator[tuple[dict[str, Any], str]]:
+    for number, line in enumerate(_lines(path, source), start=1):
+        where = f"{source}:{number}"
+        line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        line = line.rstrip(b"\r\n")
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: not UTF-8: {error.reason} at byte {error.start} of the line") from error
+        except RecursionError as error:
+            raise ValueError(f"{where}: broken JSON: nested too deeply") from error
+        except ValueError as error:
+            # json counts lines within the one line it is given, which would contradict ours.
+            problem = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else error
+            raise ValueError(f"{where}: broken JSON: {problem}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: a line must hold one JSON object, got {type(row).__name__}")
+        yield row, where
+
+
+def _lines(path: Path, source: str) -> Iterator[bytes]:
     # In binary, so that lines end at \n alone: U+2028 and its like may stand in a JSON string as they are.
-    with gzip.open(path, "rb") if source.endswith(".gz") else open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{source}:{number}"
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            line = line.rstrip(b"\r\n")
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8"), object_pairs_hook=_no_duplicates)
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: not UTF-8: {error.reason} at byte {error.start} of the line") from error
-            except RecursionError as error:
-                raise ValueError(f"{where}: broken JSON: nested too deeply") from error
-            except ValueError as error:
-                # json counts lines within the one line it is given, which would contradict ours.
-                problem = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else error
-                raise ValueError(f"{where}: broken JSON: {problem}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: a line must hold one JSON object, got {type(row).__name__}")
-            yield row, where
+    try:
+        with gzip.open(path, "rb") if source.endswith(".gz") else open(path, "rb") as file:
+            yield from file
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{source}: cannot be read: {error}") from error
 
 
 def _no_duplicates(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -134,12 +151,18 @@ def _parquet_rows(path: Path, source: str, config: DataConfig) -> Iterator[tuple
         file = parquet.ParquetFile(path)
     except Exception as error:
         raise ValueError(f"{source}: not a parquet file: {error}") from error
-    columns = [name for name in _fields(config) if name in file.schema_arrow.names]
+    names = file.schema_arrow.names
+    for name in _fields(config):
+        if names.count(name) > 1:
+            raise ValueError(f"{source}: column {name!r} is there {names.count(name)} times")
     number = 0
-    for batch in file.iter_batches(columns=columns):
-        for row in batch.to_pylist():
-            number += 1
-            yield row, f"{source} row {number}"
+    try:
+        for batch in file.iter_batches(columns=[name for name in _fields(config) if name in names]):
+            for row in batch.to_pylist():
+                number += 1
+                yield row, f"{source} row {number}"
+    except Exception as error:  # whatever a damaged page brings about
+        raise ValueError(f"{source}: damaged after row {number}: {error}") from error
 
 
 def _hub_rows(source: str, config: DataConfig, split: str) -> Iterator[tuple[dict[str, Any], str]]:

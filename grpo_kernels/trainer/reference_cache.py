@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -16,7 +15,7 @@ import torch
 from .config import DataConfig, LossConfig
 from .distributed import ALONE, Ranks
 from .evaluate import pair_logps
-from .run_directory import sync_file, sync_folder
+from .run_directory import write_atomically
 
 # The architecture's name is filled in when a model is first saved; its parameters' names say as much.
 _NOT_THE_MODEL = {"_name_or_path", "architectures", "transformers_version", "use_cache", "dtype", "torch_dtype"}
@@ -130,30 +129,31 @@ def reference_logps(
 
 def _read(path: Path, num_pairs: int) -> torch.Tensor | None:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     if not path.is_file():
         return None
     try:
-        logps = load_file(path)["logps"]
+        tensors = load(path.read_bytes())
+        logps, written = tensors["logps"], tensors["sha256"]
+        whole = logps.shape == (num_pairs, 2) and logps.dtype == torch.float32 and torch.equal(written, _sum(logps))
     except (SafetensorError, OSError, KeyError) as error:
         warnings.warn(f"the cached reference {path} is damaged ({error}); computing it again", stacklevel=3)
         return None
-    if logps.shape != (num_pairs, 2) or logps.dtype != torch.float32 or not bool(logps.isfinite().all()):
-        warnings.warn(f"the cached reference {path} is not what was written; computing it again", stacklevel=3)
+    if not whole:
+        warnings.warn(
+            f"the cached reference {path} is damaged (not what was written); computing it again", stacklevel=3
+        )
         return None
     return logps
 
 
 def _write(path: Path, logps: torch.Tensor) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file({"logps": logps}, temporary)
-        sync_file(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    write_atomically(path, save({"logps": logps, "sha256": _sum(logps)}))
+
+
+def _sum(logps: torch.Tensor) -> torch.Tensor:
+    """SHA-256 of the numbers, as 32 bytes."""
+    return torch.tensor(list(hashlib.sha256(logps.contiguous().numpy().tobytes()).digest()), dtype=torch.uint8)

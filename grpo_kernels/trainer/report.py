@@ -10,6 +10,7 @@ from typing import Any
 
 from .metrics import read_metrics
 from .run_directory import CONFIG, METRICS
+from .terminal import printable
 
 METHODS = {"dpo": "DPO", "is_dpo": "IS-DPO", "gr_dpo": "GR-DPO"}
 
@@ -18,6 +19,7 @@ _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 _INK, _QUIET = "#222222", "#B0B0B0"
 _FONT = 12.0
 _MEAN = "all pairs"
+_WIDEST_NAME = 24
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,13 @@ def read_curves(run_dir: str | Path, title: str | None = None) -> Curves:
     """
     run_dir = Path(run_dir)
     records = read_metrics(run_dir / METRICS)
+    try:
+        return _curves(records, run_dir, title)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{run_dir / METRICS} does not hold the records of a run: {error!r}") from error
+
+
+def _curves(records: list[dict[str, Any]], run_dir: Path, title: str | None) -> Curves:
     evals = [record for record in records if record["kind"] == "eval"]
     if not evals:
         raise ValueError(f"{run_dir / METRICS} holds no evaluation to draw; train with data.test, and eval_every > 0")
@@ -79,6 +88,8 @@ def read_curves(run_dir: str | Path, title: str | None = None) -> Curves:
         for name, value in record["alpha"].items():
             alpha.setdefault(name, {})[record["step"]] = value
     losses = of_groups("loss")
+    if not all(values for _, values in (*losses.values(), *of_groups("accuracy").values())):
+        raise ValueError(f"{run_dir / METRICS} has a group without a finite held-out loss: there is no line to draw")
     return Curves(
         title=title if title is not None else _method(run_dir),
         loss=losses,
@@ -86,7 +97,7 @@ def read_curves(run_dir: str | Path, title: str | None = None) -> Curves:
         alpha={name: (sorted(values), [values[s] for s in sorted(values)]) for name, values in alpha.items()},
         mean_loss=_points((e["step"], e["mean_loss"]) for e in evals),
         mean_accuracy=_points((e["step"], e["mean_accuracy"]) for e in evals),
-        final_loss={name: values[-1] for name, (_, values) in losses.items() if values},
+        final_loss={name: values[-1] for name, (_, values) in losses.items()},
     )
 
 
@@ -137,8 +148,8 @@ def draw(runs: Sequence[Curves], heading: str | None = None) -> Any:
 
     colours = _colours(runs)
     columns = len(runs)
-    longest = max(len(name) for name in (*colours, _MEAN))
-    label_width = 0.45 + 0.107 * min(longest, 24)
+    longest = max(len(printable(name)) for name in (*colours, _MEAN))
+    label_width = 0.45 + 0.107 * min(longest, _WIDEST_NAME)
     width, height, top = (
         0.9 + (3.5 if columns > 1 else 5.5) * columns + label_width,
         8.4,
@@ -276,12 +287,13 @@ def _labels(
         axis.text(
             1.06,
             place,
-            name if len(name) <= 24 else name[:23] + "…",
+            printable(name, _WIDEST_NAME),
             transform=axis.transAxes,
             color=colour,
             fontsize=_FONT,
             fontweight="bold" if bold else "normal",
             va="center",
+            parse_math=False,  # a dollar sign is a dollar sign
         )
 
 
@@ -340,7 +352,7 @@ def _method(run_dir: Path) -> str:
 
     try:
         method = yaml.safe_load((run_dir / CONFIG).read_text(encoding="utf-8"))["groups"]["method"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
         return run_dir.name
     return METHODS.get(method, str(method))
 

@@ -16,7 +16,7 @@ from .config import TrainConfig
 from .data import PairDataset
 from .evaluate import GroupReport
 from .models import describe_model
-from .run_directory import CONFIG, SUMMARY, remove, sync_folder, write_atomically, write_json
+from .run_directory import CONFIG, SUMMARY, naming, remove, sync_file, sync_folder, write_atomically, write_json
 
 
 def save_config(config: TrainConfig, folder: Path) -> None:
@@ -37,20 +37,27 @@ def save_model(model: Any, tokenizer: Any, folder: Path, *, merge: bool) -> None
         tokenizer: beside it.
         folder: replaced if it is there.
         merge: write adapters into the weights of a base that has no name to load it by.
+
+    Raises:
+        OSError: it cannot be written; names the folder.
     """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    remove(temporary)
-    try:
-        if merge and hasattr(model, "merge_and_unload"):
-            model = copy.deepcopy(model).merge_and_unload()
-        with no_progress_bars():
-            model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-        remove(folder)
-        os.rename(temporary, folder)
-    finally:
+    with naming(folder):
         remove(temporary)
-    sync_folder(folder.parent)
+        try:
+            if merge and hasattr(model, "merge_and_unload"):
+                model = copy.deepcopy(model).merge_and_unload()
+            with no_progress_bars():
+                model.save_pretrained(temporary)
+                tokenizer.save_pretrained(temporary)
+            for file in temporary.iterdir():
+                sync_file(file)
+            sync_folder(temporary)
+            remove(folder)
+            os.rename(temporary, folder)
+        finally:
+            remove(temporary)
+        sync_folder(folder.parent)
 
 
 @contextmanager

@@ -57,7 +57,11 @@ def _templated(tokenizer: Any, messages: Text, add_generation_prompt: bool, wher
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # whatever a template raises, as for roles that do not alternate
         raise ValueError(f"{where}: the chat template refuses these messages: {error}") from error
-    return str(text)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # from a field that only the template knows
+        raise ValueError(f"{where}: the chat template writes half a surrogate pair") from error
+    return text
 
 
 def encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
