@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral
@@ -32,7 +33,8 @@ def check_step(log_alpha: Any, group_losses: Any, group_lr: Any, adjustment: Any
     shape = _broadcast("group_losses", group_losses, log_alpha.shape, log_alpha)
     if isinstance(group_lr, torch.Tensor):
         shape = _broadcast("group_lr", group_lr, shape, log_alpha)
-        if values_are_readable(group_lr) and not bool(((group_lr >= 0) & (group_lr < math.inf)).all()):
+        known = values_are_readable(group_lr) and group_lr.numel() > 0
+        if known and not (float(group_lr.min()) >= 0 and float(group_lr.max()) < math.inf):
             raise ValueError(f"group_lr must be finite and not negative, got {describe(group_lr.tolist())}")
     else:
         check_in("group_lr", group_lr, low=0.0)
@@ -42,20 +44,20 @@ def check_step(log_alpha: Any, group_losses: Any, group_lr: Any, adjustment: Any
         check_in("adjustment", adjustment, low=-math.inf)
 
 
-def _broadcast(name: str, tensor: torch.Tensor, shape: Sequence[int], log_alpha: torch.Tensor) -> torch.Size:
+def _broadcast(name: str, tensor: torch.Tensor, shape: Sequence[int], log_alpha: torch.Tensor) -> Sequence[int]:
     """The shape that both broadcast to; real numbers, on the device of log_alpha, G or 1 of them in the end."""
     if not is_dense(tensor) or tensor.is_complex() or tensor.dtype == torch.bool:
         raise TypeError(f"{name} must be a tensor of real numbers, got {describe(tensor)}")
     if tensor.device != log_alpha.device:
         raise ValueError(f"{name} must be on {log_alpha.device}, as log_alpha is, got {describe(tensor)}")
-    if tensor.shape == shape:
-        return tensor.shape
-    pairs = zip(reversed(tensor.shape), reversed(shape), strict=False)
-    if any(size != 1 and other not in (1, size) for size, other in pairs):
+    if tensor.shape == shape:  # nearly always; a step is a few microseconds, and long runs take a million
+        return shape
+    pairs = list(itertools.zip_longest(reversed(tensor.shape), reversed(shape), fillvalue=1))
+    if any(size != other and 1 not in (size, other) for size, other in pairs):
         raise ValueError(f"{name} must broadcast against {tuple(shape)}, got {describe(tensor)}")
     if tensor.shape and tensor.shape[-1] not in (1, log_alpha.shape[-1]):
         raise ValueError(f"{name} must end in 1 or {log_alpha.shape[-1]} groups, got {describe(tensor)}")
-    return torch.broadcast_shapes(shape, tensor.shape)
+    return [other if size == 1 else size for size, other in reversed(pairs)]
 
 
 def check_vector(name: str, tensor: Any, size: int | None, device: torch.device) -> None:

@@ -27,6 +27,9 @@ _TILE_BYTES = {"cpu": 32 << 20, "cuda": 32 << 20}
 
 _WORDS_MULTIPLE = 64
 _LEAST_WORDS, _MOST_WORDS = 512, 16384
+_MOST_WORDS_FLOAT16 = 1024
+"""On CPU, where a float16 GEMM answers in float16: so many exponentials, each 1 in a flat row, times weights up to 64
+stay below its largest number, 65504."""
 
 
 class Call(NamedTuple):
@@ -105,7 +108,8 @@ def make_plan(
 ) -> Plan:
     """Tile and storage plan of one call; the first of each kind is logged at level INFO."""
     words = _TILE_BYTES.get(device.type, _TILE_BYTES["cuda"]) // max(rows * dtype.itemsize, 1)
-    words = min(max(words, _LEAST_WORDS), _MOST_WORDS, max(vocabulary, 1))
+    most = _MOST_WORDS_FLOAT16 if dtype == torch.float16 and device.type == "cpu" else _MOST_WORDS
+    words = min(max(words, _LEAST_WORDS), most, _MOST_WORDS, max(vocabulary, 1))
     kept = 0
     # float16 keeps nothing: in the scale of a kept tile its range would not hold a target's entry.
     if grad_weight and dtype != torch.float16:

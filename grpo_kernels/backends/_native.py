@@ -12,6 +12,9 @@ import torch
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The codes of ``DType`` in csrc/dtypes.h."""
 
+_NOWHERE = 64
+"""The address of an empty vector: torch gives it 0, by which the kernels know what was left out."""
+
 
 def forward_arguments(
     device: torch.device,
@@ -179,16 +182,16 @@ def _block(name: str, tensor: torch.Tensor, device: torch.device) -> tuple[int, 
     if len(shape) != 3:
         raise ValueError(f"{name} must have shape (S, T, V), got {tuple(shape)}")
     stride = tensor.stride()
-    if stride[2] != 1 and shape[2] > 1:
+    if stride[2] != 1 and shape[2] > 1 and tensor.numel():
         raise ValueError(f"{name} must have a last stride of 1, got strides {stride}")
     return code, shape, stride
 
 
 def _vector(name: str, tensor: torch.Tensor, size: int, dtype: torch.dtype, device: torch.device) -> int:
-    """The address of a contiguous vector, or an error that says what came."""
+    """The address of a contiguous vector, never 0, or an error that says what came."""
     if tensor.dtype is not dtype or tensor.numel() != size or not tensor.is_contiguous() or tensor.device != device:
         raise ValueError(
             f"{name} must be {size} contiguous {dtype} on {device}, got shape {tuple(tensor.shape)}, "
             f"strides {tensor.stride()}, {tensor.dtype} on {tensor.device}"
         )
-    return tensor.data_ptr()
+    return tensor.data_ptr() or _NOWHERE
