@@ -75,14 +75,14 @@ def check_loss_settings(beta: float, loss_type: str, label_smoothing: float) -> 
         )
 
 
-def check_logits(logits: Any, labels: Any, cu_seqlens: Any) -> None:
+def check_logits(logits: Any, labels: Any, cu_seqlens: Any, *, sharded: bool) -> None:
     """Padded (2B, T, V) with labels (2B, T), or packed (rows, V) with labels (rows,) and cu_seqlens (2B+1,)."""
     check_floating("logits", logits)
     dims = 3 if cu_seqlens is None else 2
     if logits.dim() != dims:
         shape = "(2B, T, V), padded" if dims == 3 else "(rows, V), packed, where cu_seqlens is given"
         raise ValueError(f"logits must have shape {shape}, got {describe(logits)}")
-    if logits.shape[-1] == 0:
+    if logits.shape[-1] == 0 and not sharded:  # of more ranks than words some have none
         raise ValueError(f"logits must have a vocabulary of at least one word, got {describe(logits)}")
     check_integers("labels", labels, logits.shape[:-1], logits.device)
     if cu_seqlens is not None:
@@ -180,9 +180,12 @@ def check_group_ids(group_ids: Any, num_pairs: int, num_groups: int, device: tor
             raise ValueError(f"group_ids must be in [0, {num_groups}), got values from {low} to {high}")
 
 
-def check_overwrite(logits: torch.Tensor) -> None:
-    """Logits that may be overwritten with their gradient: not a leaf, and no two elements in one place."""
-    if logits.is_leaf and logits.requires_grad:
+def check_overwrite(overwrite: Any, given: torch.Tensor, logits: torch.Tensor) -> None:
+    """Logits that may be overwritten with their gradient: given as no leaf, and no two elements in one place."""
+    check_flag("overwrite_logits", overwrite)
+    if not overwrite:
+        return
+    if given.is_leaf and given.requires_grad:
         raise ValueError(
             "overwrite_logits=True would write the gradient over a leaf that requires grad (a parameter, say); "
             "pass a result of an operation, or overwrite_logits=False"

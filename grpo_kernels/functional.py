@@ -33,6 +33,8 @@ from .checks import (
 from .group_weights import GroupWeights
 from .ops import pick
 from .types import IGNORE_INDEX, LOSS_TYPES, GroupLossOutput, LossType
+from .vocab_parallel import sharded
+from .vocab_shards import refusing_together, shard_of_logits
 
 
 def fused_grpo_loss(
@@ -51,6 +53,8 @@ def fused_grpo_loss(
     shift: bool = True,
     cu_seqlens: torch.Tensor | None = None,
     overwrite_logits: bool = False,
+    tp_group: Any = None,
+    vocab_start: int | None = None,
     backend: str = "auto",
 ) -> GroupLossOutput:
     """Group-robust preference loss of B pairs, from the policy's logits, in one pass over the vocabulary each way.
@@ -74,6 +78,10 @@ def fused_grpo_loss(
         shift: position t-1 predicts label t (Hugging Face); False where logits and labels are aligned already.
         cu_seqlens: (2B+1,) int32, sequence i is rows [cu[i], cu[i+1]); None for padded input.
         overwrite_logits: let backward write the gradient over the logits instead of into new memory.
+        tp_group: process group whose ranks share the vocabulary: the logits are this rank's words of it, everything
+            else is the same on every rank, and so is the result.  A shard that is -inf throughout makes its row NaN.
+        vocab_start: with ``tp_group``, this rank's first word.  Both are read from logits that are a DTensor sharded
+            on their last dimension over a mesh of one dimension.
         backend: "auto", or a name of :func:`backends`.
 
     Returns:
@@ -86,17 +94,19 @@ def fused_grpo_loss(
 
     Source: Ramesh et al. 2024 (arXiv 2405.20304), equations 6 and 10 and Algorithm 1.
     """
-    check_logits(logits, labels, cu_seqlens)
-    check_loss_settings(beta, loss_type, label_smoothing)
-    check_flag("length_normalize", length_normalize)
-    num_sequences = logits.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    check_pairs("logits" if cu_seqlens is None else "cu_seqlens", num_sequences)
-    arguments = _Pairs.check(num_sequences, logits.device, ref_logps, group_ids, group_weights, pair_weights)
-    targets = _checked_targets(logits.shape[-1], labels, ignore_index, shift, cu_seqlens)
-    check_flag("overwrite_logits", overwrite_logits)
-    if overwrite_logits:
-        check_overwrite(logits)
-    chosen = pick(backend, logits.device, logits.dtype)
+    given = logits
+    logits, shard = shard_of_logits(logits, tp_group, vocab_start)
+    with refusing_together(shard):
+        check_logits(logits, labels, cu_seqlens, sharded=shard is not None)
+        check_loss_settings(beta, loss_type, label_smoothing)
+        check_flag("length_normalize", length_normalize)
+        num_sequences = logits.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        check_pairs("logits" if cu_seqlens is None else "cu_seqlens", num_sequences)
+        arguments = _Pairs.check(num_sequences, logits.device, ref_logps, group_ids, group_weights, pair_weights)
+        vocabulary = logits.shape[-1] if shard is None else None
+        targets = _checked_targets(vocabulary, labels, ignore_index, shift, cu_seqlens)
+        check_overwrite(overwrite_logits, given, logits)
+        chosen = sharded(pick(backend, logits.device, logits.dtype), shard)
     settings = {
         "loss_type": LOSS_TYPES.index(loss_type),
         "beta": float(beta),
@@ -176,6 +186,8 @@ def token_logps(
     shift: bool = True,
     cu_seqlens: torch.Tensor | None = None,
     overwrite_logits: bool = False,
+    tp_group: Any = None,
+    vocab_start: int | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Log-probability of every labelled token.
@@ -183,8 +195,8 @@ def token_logps(
         p_t = z[t, y_t] - logsumexp_v z[t, v]
 
     Args:
-        logits, labels, ignore_index, shift, cu_seqlens, overwrite_logits, backend: as in :func:`fused_grpo_loss`;
-            any number of sequences.
+        logits, labels, ignore_index, shift, cu_seqlens, overwrite_logits, tp_group, vocab_start, backend: as in
+            :func:`fused_grpo_loss`; any number of sequences.
 
     Returns:
         Shape of labels, float32 (float64 for float64 logits), in nats: entry t is log p(labels[t]); 0 where the
@@ -194,7 +206,9 @@ def token_logps(
         TypeError, ValueError: naming the argument, the rule and what came, before anything is computed.
         UnavailableBackendError: the backend named cannot run here.
     """
-    rows, _ = _token_rows(logits, labels, ignore_index, shift, cu_seqlens, overwrite_logits, backend)
+    rows, _ = _token_rows(
+        logits, labels, ignore_index, shift, cu_seqlens, overwrite_logits, tp_group, vocab_start, backend
+    )
     # Row t-1 scored label t.  The last row of a sequence scored nothing and holds 0, so rolling cannot cross one.
     return (rows.roll(1) if shift else rows).view(labels.shape)
 
@@ -207,6 +221,8 @@ def sequence_logps(
     shift: bool = True,
     cu_seqlens: torch.Tensor | None = None,
     overwrite_logits: bool = False,
+    tp_group: Any = None,
+    vocab_start: int | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Summed log-probability of the labelled tokens of each sequence.
@@ -222,7 +238,9 @@ def sequence_logps(
     Raises:
         As :func:`token_logps`.
     """
-    rows, num_sequences = _token_rows(logits, labels, ignore_index, shift, cu_seqlens, overwrite_logits, backend)
+    rows, num_sequences = _token_rows(
+        logits, labels, ignore_index, shift, cu_seqlens, overwrite_logits, tp_group, vocab_start, backend
+    )
     return SequenceSum.apply(rows, cu_seqlens, num_sequences)
 
 
@@ -281,26 +299,34 @@ def _token_rows(
     shift: bool,
     cu_seqlens: torch.Tensor | None,
     overwrite_logits: bool,
+    tp_group: Any,
+    vocab_start: int | None,
     backend: str,
 ) -> tuple[torch.Tensor, int]:
     """Checks; then the log-probability that each row of logits gives its target, and the number of sequences."""
-    check_logits(logits, labels, cu_seqlens)
-    targets = _checked_targets(logits.shape[-1], labels, ignore_index, shift, cu_seqlens)
-    check_flag("overwrite_logits", overwrite_logits)
-    if overwrite_logits:
-        check_overwrite(logits)
-    chosen = pick(backend, logits.device, logits.dtype)
+    given = logits
+    logits, shard = shard_of_logits(logits, tp_group, vocab_start)
+    with refusing_together(shard):
+        check_logits(logits, labels, cu_seqlens, sharded=shard is not None)
+        vocabulary = logits.shape[-1] if shard is None else None
+        targets = _checked_targets(vocabulary, labels, ignore_index, shift, cu_seqlens)
+        check_overwrite(overwrite_logits, given, logits)
+        chosen = sharded(pick(backend, logits.device, logits.dtype), shard)
     rows = TokenLogps.apply(_last_stride_1(logits), targets, ignore_index, overwrite_logits, chosen)
     return rows, logits.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def _checked_targets(
-    vocabulary: int, labels: torch.Tensor, ignore_index: int, shift: bool, cu_seqlens: torch.Tensor | None
+    vocabulary: int | None, labels: torch.Tensor, ignore_index: int, shift: bool, cu_seqlens: torch.Tensor | None
 ) -> torch.Tensor:
-    """(rows,) int64: the word that each row has to predict.  Shifting labels spares copying logits."""
+    """(rows,) int64: the word that each row has to predict.  Shifting labels spares copying logits.
+
+    ``vocabulary`` is None where other ranks hold words: how many is known when they have said so.
+    """
     check_flag("shift", shift)
     check_ignore_index(ignore_index)
-    check_labels_in_range(labels, vocabulary, ignore_index)
+    if vocabulary is not None:
+        check_labels_in_range(labels, vocabulary, ignore_index)
     labels = labels.long()
     if not shift or not labels.numel():
         return labels.reshape(-1)

@@ -28,9 +28,10 @@ from .checks import (
 from .functional import _checked_targets, _Pairs, _tail
 from .group_weights import GroupWeights
 from .linear_ops import tile_backend
-from .linear_plan import Call
+from .linear_plan import Call, accumulation_dtype
 from .ops import pick
 from .types import IGNORE_INDEX, LOSS_TYPES, GroupLossOutput, LossType
+from .vocab_shards import Shard, refusing_together, shard_of_weight
 
 _LEAST_SCALE, _MOST_SCALE = 1e-18, 1e18
 """Of ``softcap`` and ``logit_scale``: float32 has to hold the one over the other."""
@@ -57,6 +58,8 @@ def fused_linear_grpo_loss(
     ignore_index: int = IGNORE_INDEX,
     shift: bool = True,
     cu_seqlens: torch.Tensor | None = None,
+    tp_group: Any = None,
+    vocab_start: int | None = None,
     backend: str = "auto",
 ) -> GroupLossOutput:
     """Group-robust preference loss of B pairs, from the hidden states before the LM head; logits never exist.
@@ -78,6 +81,11 @@ def fused_linear_grpo_loss(
             every tile of logits twice), a share of the device's memory (float in [0, 1]), or "auto", a tenth.
         num_labelled: how many labels are scored (after ``shift``), which spares one wait for the device; a wrong
             number makes the result NaN.
+        tp_group: process group whose ranks share the vocabulary: ``weight`` (and ``bias``) are this rank's rows of
+            the head, everything else is the same on every rank, and so is the result.  The gradient of hidden is
+            whole on every rank, that of weight is that of its rows.
+        vocab_start: with ``tp_group``, this rank's first word.  Both are read from a weight that is a DTensor sharded
+            on dimension 0 over a mesh of one dimension; hidden may then be one of any placement, and is gathered.
         ref_logps, group_ids, group_weights, beta, loss_type, label_smoothing, length_normalize, pair_weights,
             ignore_index, shift, cu_seqlens, backend: as in :func:`fused_grpo_loss`.
 
@@ -91,13 +99,17 @@ def fused_linear_grpo_loss(
 
     Source: Ramesh et al. 2024 (arXiv 2405.20304), equations 6 and 10 and Algorithm 1.
     """
-    check_loss_settings(beta, loss_type, label_smoothing)
-    check_flag("length_normalize", length_normalize)
-    head = _Head(bias, softcap, logit_scale, memory_budget, num_labelled)
-    sequences = _check_inputs(hidden, weight, labels, cu_seqlens, head)
-    check_pairs("hidden" if cu_seqlens is None else "cu_seqlens", sequences)
-    pairs = _Pairs.check(sequences, hidden.device, ref_logps, group_ids, group_weights, pair_weights)
-    rows, targets = _token_rows(hidden, weight, labels, head, ignore_index, shift, cu_seqlens, backend)
+    hidden, weight, bias, shard = shard_of_weight(hidden, weight, bias, tp_group, vocab_start)
+    with refusing_together(shard):
+        check_loss_settings(beta, loss_type, label_smoothing)
+        check_flag("length_normalize", length_normalize)
+        head = _Head(bias, softcap, logit_scale, memory_budget, num_labelled, shard)
+        sequences = _check_inputs(hidden, weight, labels, cu_seqlens, head)
+        check_pairs("hidden" if cu_seqlens is None else "cu_seqlens", sequences)
+        pairs = _Pairs.check(sequences, hidden.device, ref_logps, group_ids, group_weights, pair_weights)
+        targets, call = _checked_call(hidden, weight, labels, head, ignore_index, shift, cu_seqlens, backend)
+        chosen = pick(backend, hidden.device, accumulation_dtype(call.dtype))
+    rows = _token_rows(hidden, weight, bias, targets, call, backend)
     settings = {
         "loss_type": LOSS_TYPES.index(loss_type),
         "beta": float(beta),
@@ -105,7 +117,6 @@ def fused_linear_grpo_loss(
         "length_normalize": length_normalize,
         "ignore_index": ignore_index,
     }
-    chosen = pick(backend, hidden.device, rows.dtype)
     return _tail(rows, targets, cu_seqlens, None, pairs, settings, chosen)
 
 
@@ -122,6 +133,8 @@ def linear_token_logps(
     ignore_index: int = IGNORE_INDEX,
     shift: bool = True,
     cu_seqlens: torch.Tensor | None = None,
+    tp_group: Any = None,
+    vocab_start: int | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Log-probability of every labelled token, from the hidden states before the LM head.
@@ -140,9 +153,12 @@ def linear_token_logps(
         TypeError, ValueError: naming the argument, the rule and what came, before anything is computed.
         UnavailableBackendError: the backend named cannot run here, or has no tile operations for the head.
     """
-    head = _Head(bias, softcap, logit_scale, memory_budget, num_labelled)
-    _check_inputs(hidden, weight, labels, cu_seqlens, head)
-    rows, _ = _token_rows(hidden, weight, labels, head, ignore_index, shift, cu_seqlens, backend)
+    hidden, weight, bias, shard = shard_of_weight(hidden, weight, bias, tp_group, vocab_start)
+    with refusing_together(shard):
+        head = _Head(bias, softcap, logit_scale, memory_budget, num_labelled, shard)
+        _check_inputs(hidden, weight, labels, cu_seqlens, head)
+        targets, call = _checked_call(hidden, weight, labels, head, ignore_index, shift, cu_seqlens, backend)
+    rows = _token_rows(hidden, weight, bias, targets, call, backend)
     # Row t-1 scored label t.  The last row of a sequence scored nothing and holds 0, so rolling cannot cross one.
     return (rows.roll(1) if shift else rows).view(labels.shape)
 
@@ -160,6 +176,8 @@ def linear_sequence_logps(
     ignore_index: int = IGNORE_INDEX,
     shift: bool = True,
     cu_seqlens: torch.Tensor | None = None,
+    tp_group: Any = None,
+    vocab_start: int | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Summed log-probability of the labelled tokens of each sequence, from the hidden states before the LM head.
@@ -176,9 +194,12 @@ def linear_sequence_logps(
     Raises:
         As :func:`linear_token_logps`.
     """
-    head = _Head(bias, softcap, logit_scale, memory_budget, num_labelled)
-    sequences = _check_inputs(hidden, weight, labels, cu_seqlens, head)
-    rows, _ = _token_rows(hidden, weight, labels, head, ignore_index, shift, cu_seqlens, backend)
+    hidden, weight, bias, shard = shard_of_weight(hidden, weight, bias, tp_group, vocab_start)
+    with refusing_together(shard):
+        head = _Head(bias, softcap, logit_scale, memory_budget, num_labelled, shard)
+        sequences = _check_inputs(hidden, weight, labels, cu_seqlens, head)
+        targets, call = _checked_call(hidden, weight, labels, head, ignore_index, shift, cu_seqlens, backend)
+    rows = _token_rows(hidden, weight, bias, targets, call, backend)
     return SequenceSum.apply(rows, cu_seqlens, sequences)
 
 
@@ -190,9 +211,10 @@ class _Head(NamedTuple):
     logit_scale: float
     memory_budget: int | float | str
     num_labelled: int | None
+    shard: Shard | None
 
 
-def _token_rows(
+def _checked_call(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     labels: torch.Tensor,
@@ -201,18 +223,29 @@ def _token_rows(
     shift: bool,
     cu_seqlens: torch.Tensor | None,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Checked arguments → (rows,) log-probability of each row's target, and the targets."""
-    targets = _checked_targets(weight.shape[0], labels, ignore_index, shift, cu_seqlens)
+) -> tuple[torch.Tensor, Call]:
+    """The last checks → the word that each row has to predict, and all that the head was asked for."""
+    targets = _checked_targets(weight.shape[0] if head.shard is None else None, labels, ignore_index, shift, cu_seqlens)
     dtype = _gemm_dtype(hidden, weight)
     call = Call(
         dtype, ignore_index, head.num_labelled, head.memory_budget, float(head.softcap or 0), float(head.logit_scale),
-        torch.is_grad_enabled(),
+        torch.is_grad_enabled(), head.shard,
     )  # fmt: skip
     if not torch.compiler.is_compiling():
         tile_backend(backend, hidden.device, dtype)  # raises before anything is computed
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    return autograd.linear_token_logps(flat, weight, head.bias, targets, call, backend), targets
+    return targets, call
+
+
+def _token_rows(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    call: Call,
+    backend: str,
+) -> torch.Tensor:
+    """Checked arguments → (rows,) log-probability of each row's target."""
+    return autograd.linear_token_logps(hidden.reshape(-1, hidden.shape[-1]), weight, bias, targets, call, backend)
 
 
 def _gemm_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
@@ -232,7 +265,8 @@ def _check_inputs(hidden: Any, weight: Any, labels: Any, cu_seqlens: Any, head: 
         shape = "(2B, T, H), padded" if dims == 3 else "(rows, H), packed, where cu_seqlens is given"
         raise ValueError(f"hidden must have shape {shape}, got {describe(hidden)}")
     width = hidden.shape[-1]
-    if weight.dim() != 2 or weight.shape[1] != width or not weight.shape[0] or not width:
+    words = weight.shape[0] or head.shard  # of more ranks than words some have none
+    if weight.dim() != 2 or weight.shape[1] != width or not words or not width:
         raise ValueError(
             f"weight must have shape (V, {width}) with V >= 1, hidden being {width} >= 1 wide, got {describe(weight)}"
         )
@@ -247,7 +281,7 @@ def _check_inputs(hidden: Any, weight: Any, labels: Any, cu_seqlens: Any, head: 
 
 
 def _check_head(head: _Head, weight: torch.Tensor) -> None:
-    bias, softcap, logit_scale, budget, num_labelled = head
+    bias, softcap, logit_scale, budget, num_labelled, _ = head
     if bias is not None:
         if not is_dense(bias) or not bias.is_floating_point():
             raise TypeError(f"bias must be a floating tensor or None, got {describe(bias)}")

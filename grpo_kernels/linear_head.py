@@ -25,8 +25,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import distributed
 from .backends import Backend
 from .linear_plan import Call, Plan, Tile, accumulation_dtype, make_plan
+from .vocab_parallel import Odds, head_odds
 
 _ROW_CHUNK_ELEMENTS = {"cpu": 1 << 22}
 _DEFAULT_ROW_CHUNK_ELEMENTS = 1 << 26
@@ -71,7 +73,8 @@ def token_logps_fwd(
     """
     index, right = _labelled_rows(targets, call.ignore_index, call.num_labelled)
     plan = _plan_of(hidden, weight, index, needs, call)
-    found, saved = _sweep(hidden[index].to(plan.dtype), weight, bias, targets[index], plan, call, backend)
+    x, words = hidden[index].to(plan.dtype), _local(targets[index], call)
+    found, saved = _sweep(x, weight, bias, words, targets.shape[0], plan, call, backend)
     if right is not None:
         found.masked_fill_(~right, torch.nan)
     logps = torch.zeros(targets.shape, dtype=found.dtype, device=found.device).index_copy_(0, index, found)
@@ -82,12 +85,20 @@ def token_logps_fwd(
 
 
 def hidden_gradient(
-    grad_logps: torch.Tensor, unit_grad: torch.Tensor, index: torch.Tensor, shape: torch.Size, dtype: torch.dtype
+    grad_logps: torch.Tensor,
+    unit_grad: torch.Tensor,
+    index: torch.Tensor,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    call: Call,
 ) -> torch.Tensor:
-    """``dh[index] = c * unit_grad`` and 0 elsewhere, a few rows at a time."""
+    """``dh[index] = c * unit_grad`` and 0 elsewhere, a few rows at a time; summed over ranks before it is rounded."""
     grad_hidden = torch.zeros(shape, dtype=dtype, device=unit_grad.device)
     for part in _row_chunks(unit_grad):
-        grad_hidden.index_copy_(0, index[part], (unit_grad[part] * grad_logps[part].unsqueeze(1)).to(dtype))
+        rows = unit_grad[part] * grad_logps[part].unsqueeze(1)
+        if call.shard is not None:
+            distributed.all_reduce_sum_(rows, distributed.group_named(call.shard.group))
+        grad_hidden.index_copy_(0, index[part], rows.to(dtype))
     return grad_hidden
 
 
@@ -105,7 +116,7 @@ def weight_gradient(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(labelled rows,) gradients of the log-probabilities → gradients of weight and bias, as ``needs`` asks for."""
     plan = _plan_of(hidden, weight, index, needs, call)
-    x, targets = hidden[index].to(plan.dtype), targets[index]
+    x, targets = hidden[index].to(plan.dtype), _local(targets[index], call)
     accumulate = accumulation_dtype(plan.dtype)
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
     grad_bias = torch.empty(plan.vocabulary, dtype=accumulate, device=x.device) if needs[2] else None
@@ -156,6 +167,11 @@ def _labelled_rows(
     return index, labelled.sum() == num_labelled
 
 
+def _local(targets: torch.Tensor, call: Call) -> torch.Tensor:
+    """Targets that count from this rank's first word; those of other ranks are no word of its tiles."""
+    return targets if call.shard is None else targets - call.shard.start
+
+
 def _plan_of(
     hidden: torch.Tensor, weight: torch.Tensor, index: torch.Tensor, needs: Sequence[bool], call: Call
 ) -> Plan:
@@ -170,6 +186,7 @@ def _sweep(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     targets: torch.Tensor,
+    all_rows: int,
     plan: Plan,
     call: Call,
     backend: Backend,
@@ -215,20 +232,45 @@ def _sweep(
     del work, part
     # As in torch.log_softmax: -inf at the target is a probability of 0, +inf is no number.
     picked.masked_fill_(picked == torch.inf, torch.nan)
-    odds_against = rest.log().add_(top).sub_(picked)
-    logps, miss = torch.nn.functional.logsigmoid(-odds_against), odds_against.sigmoid()
-    share = (miss / rest).masked_fill_(rest == 0, 0)
+    odds, miss, share = _odds(top, rest, picked, targets, all_rows, bias is not None, plan, call)
+    logps = torch.nn.functional.logsigmoid(-odds.against).to(accumulate)
     if total is not None:
         scale = share if kept is None else share * 2.0**KEPT_SHIFT
-        _finish_unit_grad(total, weight, targets, picked, miss, scale, plan, call)
+        _finish_unit_grad(total, weight, targets, odds.picked, miss, scale, plan, call)
     if not plan.grad_weight:
         return logps, Saved(total, None, None, None, None, None)
     kept_scale = None
     if kept is not None:
-        kept_scale = torch.stack(tops)
         kept_tiles = [t for t in tiles if t.offset is not None]
-        _finish_kept(kept, kept_tiles, kept_scale, targets, picked, top, rest, share, call)
+        kept_scale = torch.stack(tops).sub_(top)
+        if odds.behind is not None:  # in the scale of all ranks' sum, where that is 1 and its share 1 - p[y]
+            kept_scale.add_(odds.behind)
+            _finish_kept(kept, kept_tiles, kept_scale, targets, odds.picked, torch.ones_like(rest), miss, call)
+        else:
+            _finish_kept(kept, kept_tiles, kept_scale, targets, picked, rest, share, call)
     return logps, Saved(total, top.clone(), share, miss, kept, kept_scale)
+
+
+def _odds(
+    top: torch.Tensor,
+    rest: torch.Tensor,
+    picked: torch.Tensor,
+    targets: torch.Tensor,
+    all_rows: int,
+    biased: bool,
+    plan: Plan,
+    call: Call,
+) -> tuple[Odds, torch.Tensor, torch.Tensor]:
+    """What all words, of all ranks, say of each row: the odds against its target, 1 - p[y], and share."""
+    if call.shard is None:
+        against = rest.log().add_(top).sub_(picked)
+        miss = against.sigmoid()
+        return Odds(against, picked, None), miss, (miss / rest).masked_fill_(rest == 0, 0)
+    odds = head_odds(top, rest, picked, targets, all_rows, biased, plan, call)
+    miss = odds.against.sigmoid()
+    share = miss * odds.behind.exp()
+    rounded = Odds(odds.against, odds.picked.to(top.dtype), odds.behind.to(top.dtype))
+    return rounded, miss.to(top.dtype), share.to(top.dtype)
 
 
 def _kept_tile(kept: torch.Tensor, tile: Tile, rows: int) -> torch.Tensor:
@@ -285,7 +327,10 @@ def _finish_unit_grad(
     call: Call,
 ) -> None:
     """In place: sum_v e[v] d[v] W[v] → d logp / dh = (1 - p[y]) d[y] W[y] - share * sum, times logit_scale."""
-    at_target = miss * _slope_at(picked, call) * call.logit_scale
+    if not plan.vocabulary:  # more ranks than words
+        return
+    inside = (targets >= 0) & (targets < plan.vocabulary)
+    at_target = (miss * _slope_at(picked, call) * call.logit_scale).masked_fill_(~inside, 0)
     others = share * -call.logit_scale
     safe = targets.clamp(0, plan.vocabulary - 1)
     for part in _row_chunks(total):
@@ -296,23 +341,22 @@ def _finish_unit_grad(
 def _finish_kept(
     kept: torch.Tensor,
     tiles: list[Tile],
-    tops: torch.Tensor,
+    drop: torch.Tensor,
     targets: torch.Tensor,
     picked: torch.Tensor,
-    top: torch.Tensor,
     rest: torch.Tensor,
     share: torch.Tensor,
     call: Call,
 ) -> None:
-    """Write each target's entry into its kept tile; turn tops, in place, into the scale of each kept row.
+    """Write each target's entry into its kept tile; turn ``drop``, in place, into the scale of each kept row.
 
-    A tile was stored as ``2^-64 exp(z - tops)``, so its rows want the scale ``2^64 exp(tops - top) * share`` and the
-    target's entry is -rest over that factor.  Where top rose by more than 2^64 after the tile, that entry would
-    overflow; but then the row's other words are below 2^-64 of the final top, and taking them 2^64 too large at most
-    still leaves less than any rounding.  There the scale is share and the entry -rest.
+    A tile was stored as ``2^-64 exp(z - tops)``, so with drop = tops - top its rows want the scale
+    ``2^64 exp(drop) * share`` and the target's entry is -rest over that factor.  Where top rose by more than 2^64
+    after the tile, that entry would overflow; but then the row's other words are below 2^-64 of the final top, and
+    taking them 2^64 too large at most still leaves less than any rounding.  There the scale is share and the entry
+    -rest.
     """
     room = KEPT_SHIFT * 0.6931471805599453
-    drop = tops.sub_(top)  # <= 0
     rows = torch.arange(rest.shape[0], device=rest.device)
     for tile, below in zip(tiles, drop, strict=True):
         words = tile.stop - tile.start
@@ -320,11 +364,11 @@ def _finish_kept(
         index = targets - tile.start
         inside = (index >= 0) & (index < words)
         below.copy_(torch.where(inside, below.clamp(min=-room), below))
-        entry = -rest * _slope_at(picked, call) * torch.exp(-below - room)
+        entry = -rest * _slope_at(picked, call) * torch.exp(-below) * 2.0**-KEPT_SHIFT
         # By the place in memory: scatter_ along rows would copy the tile.
         place = rows * words + torch.where(inside, index, 0)
         exps.index_copy_(0, place, torch.where(inside, entry.to(kept.dtype), exps[place]))
-    drop.add_(room).exp_().mul_(share)
+    drop.exp_().mul_(share * 2.0**KEPT_SHIFT)
 
 
 def _slope_at(picked: torch.Tensor, call: Call) -> torch.Tensor | float:

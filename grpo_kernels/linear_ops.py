@@ -18,6 +18,7 @@ from . import linear_head
 from .backends import Backend, choose
 from .linear_plan import Call, accumulation_dtype
 from .types import UnavailableBackendError
+from .vocab_shards import Shard
 
 
 def tile_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
@@ -69,7 +70,7 @@ def backward(
         fields = linear_head.Saved(*saved)
         grads: list[Any] = [None, None, None]
         if needs[0]:
-            grads[0] = linear_head.hidden_gradient(c, fields.unit_grad, index, hidden.shape, hidden.dtype)
+            grads[0] = linear_head.hidden_gradient(c, fields.unit_grad, index, hidden.shape, hidden.dtype, call)
         if needs[1] or needs[2]:
             chosen = tile_backend(backend, hidden.device, call.dtype)
             grads[1:] = linear_head.weight_gradient(
@@ -78,11 +79,15 @@ def backward(
         return tuple(grads)
 
 
+_WHOLE = Shard("", 0)
+"""Stands for None in a schema: no group has this name."""
+
+
 def flat(call: Call) -> tuple[Any, ...]:
     """The call in types that a schema knows; a budget is bytes, a share or a word."""
     return (
         call.dtype, call.ignore_index, call.num_labelled, repr(call.memory_budget), call.softcap, call.logit_scale,
-        call.grad,
+        call.grad, *(call.shard or _WHOLE),
     )  # fmt: skip
 
 
@@ -94,8 +99,11 @@ def _call(
     softcap: float,
     logit_scale: float,
     grad: bool,
+    *shard: Any,
 ) -> Call:
-    return Call(dtype, ignore_index, num_labelled, ast.literal_eval(memory_budget), softcap, logit_scale, grad)
+    budget = ast.literal_eval(memory_budget)
+    whose = Shard(*shard) if shard[0] else None
+    return Call(dtype, ignore_index, num_labelled, budget, softcap, logit_scale, grad, whose)
 
 
 def _nothing(like: Tensor) -> Tensor:
@@ -117,9 +125,14 @@ def linear_token_logps_fwd(
     softcap: float,
     logit_scale: float,
     grad: bool,
+    group: str,
+    start: int,
+    vocabulary: int,
     backend: str,
 ) -> list[Tensor]:
-    call = _call(dtype, ignore_index, num_labelled, memory_budget, softcap, logit_scale, grad)
+    call = _call(
+        dtype, ignore_index, num_labelled, memory_budget, softcap, logit_scale, grad, group, start, vocabulary
+    )  # fmt: skip
     *results, kept_scale = forward(hidden, weight, bias, targets, needs, call, backend)
     if kept_scale is None and (needs[1] or needs[2]):
         kept_scale = results[0].new_empty(0, results[1].shape[0])  # no tile was kept, of as many rows
@@ -128,7 +141,7 @@ def linear_token_logps_fwd(
 
 @linear_token_logps_fwd.register_fake
 def _(hidden, weight, bias, targets, needs, dtype, ignore_index, num_labelled, memory_budget, softcap, logit_scale,
-      grad, backend):  # fmt: skip
+      grad, *rest):  # fmt: skip
     size = torch.library.get_ctx().new_dynamic_size
     rows = size() if num_labelled is None else num_labelled
     accumulate = accumulation_dtype(dtype)
@@ -162,9 +175,14 @@ def linear_token_logps_bwd(
     softcap: float,
     logit_scale: float,
     grad: bool,
+    group: str,
+    start: int,
+    vocabulary: int,
     backend: str,
 ) -> list[Tensor]:
-    call = _call(dtype, ignore_index, num_labelled, memory_budget, softcap, logit_scale, grad)
+    call = _call(
+        dtype, ignore_index, num_labelled, memory_budget, softcap, logit_scale, grad, group, start, vocabulary
+    )  # fmt: skip
     told = None if num_labelled is None else right
     unit_grad, *others = saved
     fields = [unit_grad if needs[0] else None, *(others if needs[1] or needs[2] else [None] * len(others))]

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+from .vocab_shards import Shard
+
 _log = logging.getLogger(__name__)
 _logged: set[tuple[object, ...]] = set()
 
@@ -45,6 +47,8 @@ class Call(NamedTuple):
     logit_scale: float
     grad: bool
     """Whether gradients are recorded at all."""
+    shard: Shard | None = None
+    """Whose words the weight's rows are, where ranks share the vocabulary."""
 
 
 @dataclass(frozen=True)

@@ -285,7 +285,7 @@ def test_compiled_without_a_graph_break(told):
 def test_the_operator_passes_opcheck(told, budget, frozen):
     hidden, weight = leaves(torch.randn(6, 5), torch.randn(11, 5))
     targets = torch.tensor([1, 2, IGNORE, 3, 10, 0])
-    call = (torch.float32, IGNORE, 5 if told else None, repr(budget), 0.0, 1.0, True, "torch")
+    call = (torch.float32, IGNORE, 5 if told else None, repr(budget), 0.0, 1.0, True, "", 0, 0, "torch")
     arguments = (hidden, weight.requires_grad_(not frozen), None, targets, [True, not frozen, False], *call)
     torch.library.opcheck(torch.ops.grpo_kernels.linear_token_logps_fwd.default, arguments)
 
