@@ -8,6 +8,8 @@ them once; nothing is allocated.  ``GRPO_KERNELS_ISA=avx512_bf16|avx512|avx2|bas
 
 from __future__ import annotations
 
+import os
+
 import torch  # before _cpu, so that both share one OpenMP runtime and torch's threads
 
 from ._native import (
@@ -26,6 +28,32 @@ except ImportError as error:  # no C++ compiler when the package was installed
     _import_error = error
 
 _CPU = torch.device("cpu")
+
+_TASKS = "/proc/self/task"
+_had_threads = _alone = False
+
+
+def _before_fork() -> None:
+    global _had_threads
+    _had_threads = not os.path.isdir(_TASKS) or len(os.listdir(_TASKS)) > 1
+
+
+def _in_the_child() -> None:
+    global _alone
+    _alone = _alone or _had_threads
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_child=_in_the_child)
+
+
+def _threads() -> int:
+    """As many as torch's; one in a forked child whose parent had threads.
+
+    OpenMP's do not survive a fork, and the child would wait for them without end, as it does in PyTorch's own
+    operations where nobody has called ``torch.set_num_threads(1)``.
+    """
+    return 1 if _alone else torch.get_num_threads()
 
 
 def unavailable_reason() -> str | None:
@@ -56,7 +84,7 @@ def token_logps_fwd(
 ) -> None:
     """``logps[r] = z[r, y_r] - lse_r``; see ``backends.__doc__``."""
     arguments = forward_arguments(_CPU, logits, targets, logps, lse, ignore_index)
-    _cpu.token_logps_fwd(*arguments, torch.get_num_threads())
+    _cpu.token_logps_fwd(*arguments, _threads())
 
 
 def token_logps_bwd(
@@ -70,7 +98,7 @@ def token_logps_bwd(
 ) -> None:
     """``dz[r, v] = c_r ((v == y_r) - exp(z[r, v] - lse_r))``, in place or not; see ``backends.__doc__``."""
     arguments = backward_arguments(_CPU, logits, targets, lse, grad_logps, grad_logits, ignore_index)
-    _cpu.token_logps_bwd(*arguments, torch.get_num_threads())
+    _cpu.token_logps_bwd(*arguments, _threads())
 
 
 def preference_tail(
@@ -103,7 +131,7 @@ def preference_tail(
         length_normalize,
     )  # fmt: skip
     options = (loss_type, beta, label_smoothing, length_normalize, ignore_index)
-    _cpu.preference_tail(*arguments, *options, torch.get_num_threads())
+    _cpu.preference_tail(*arguments, *options, _threads())
 
 
 def integer_range(integers: torch.Tensor, ignored: int) -> tuple[int, int]:
@@ -131,7 +159,7 @@ def head_tile_fwd(
 ) -> None:
     """Carry (top, rest, picked) past one tile and write its exponentials; see ``backends.__doc__``."""
     arguments = tile_fwd_arguments(_CPU, logits, bias, targets, top, rest, picked, factor, exps)
-    _cpu.head_tile_fwd(*arguments, 2.0**-shift, start, softcap, logit_scale, torch.get_num_threads())
+    _cpu.head_tile_fwd(*arguments, 2.0**-shift, start, softcap, logit_scale, _threads())
 
 
 def head_tile_bwd(
@@ -149,4 +177,4 @@ def head_tile_bwd(
 ) -> None:
     """The gradient of one tile of the GEMM's output; see ``backends.__doc__``."""
     arguments = tile_bwd_arguments(_CPU, logits, bias, targets, top, scale, at_target, grads)
-    _cpu.head_tile_bwd(*arguments, start, softcap, logit_scale, torch.get_num_threads())
+    _cpu.head_tile_bwd(*arguments, start, softcap, logit_scale, _threads())
