@@ -66,18 +66,47 @@ def one_word_possible(batch, hidden, weight):
     batch.labels[:] = 4
 
 
+def impossible_stand_ins(batch, hidden, weight):
+    """Both shards' first words at -inf, as targets too."""
+    hidden[..., 0] = 1
+    weight[0, 0] = weight[FIRST, 0] = -torch.inf
+    batch.labels[4, 3:] = 1
+    batch.labels[5, 4] = 0
+    batch.labels[6, 4] = FIRST
+
+
+def one_shard_impossible(batch, hidden, weight):
+    hidden[..., 0], weight[FIRST:, 0] = 1, -torch.inf
+
+
+def no_number(batch, hidden, weight):
+    """In the second shard, of one row."""
+    hidden[4, 2, 0], weight[FIRST + 3, 0] = torch.nan, 1
+    batch.labels[4, 3] = 2
+
+
 ODD = {
     "head, impossible": Call(edges="two", change=impossible, late=False),
     "head, impossible, nothing kept": Call(
         edges="two", change=impossible, late=False, options={"memory_budget": 0}
     ),
     "head, one word possible": Call(edges="two", change=one_word_possible, late=False),
+    "head, no number": Call(edges="two", change=no_number, late=False),
+    "logits, impossible": Call(edges="two", head=False, change=impossible_stand_ins, late=False),
+    "logits, impossible, float32": Call(
+        edges="two", head=False, change=impossible_stand_ins, late=False, dtype=torch.float32
+    ),
+    "logits, no number": Call(edges="two", head=False, change=no_number, late=False),
 }  # fmt: skip
+
+
+NAN = {"logits, one shard impossible": Call(edges="two", head=False, change=one_shard_impossible, late=False)}
+"""What one process has numbers for and shards have not: documented, and never a wrong number."""
 
 
 def scenarios(rank, groups):
     results = {}
-    for name, call in (CALLS | ODD).items():
+    for name, call in (CALLS | ODD | NAN).items():
         group = groups[len(EDGES[call.edges]) - 1]
         results[name] = run(call, group, rank % group.size())
     return results
@@ -117,4 +146,13 @@ def test_impossible_words_are_what_they_are_to_one_process(ranks, name):
     shared, alone = together(call, [result[name] for result in ranks[:2]]), run(call)
     assert alone["policy_logps"].isfinite().any()
     for key, expected in alone.items():
-        torch.testing.assert_close(shared[key], expected, equal_nan=True, rtol=1e-10, atol=1e-13)
+        near = {"rtol": 1e-5, "atol": 1e-6} if call.dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-13}
+        torch.testing.assert_close(shared[key], expected, equal_nan=True, **near)
+
+
+def test_a_shard_of_logits_that_is_impossible_throughout_gives_nan(ranks):
+    for result in ranks:
+        found = result["logits, one shard impossible"]
+        scored = found["policy_logps"] != 0
+        assert scored.any()
+        assert found["policy_logps"][scored].isnan().all()

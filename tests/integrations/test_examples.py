@@ -20,8 +20,8 @@ from torchrun import finish, start  # noqa: E402
 
 PROGRAMS = {path.name for path in FOLDER.glob("*.py")}
 RUN_HERE = {"plain_pytorch.py", "hf_trainer.py", "torchrun_fsdp2.py"}
-RUN_ELSEWHERE = {"trl_dpo.py"}
-"""By a test of their own: ``test_trl_example.py``."""
+RUN_ELSEWHERE = {"trl_dpo.py", "tensor_parallel.py"}
+"""By tests of their own: ``test_trl_example.py``, ``test_vocab_parallel_example.py``."""
 NEEDS = {"hf_trainer.py": "accelerate", "trl_dpo.py": "trl"}
 
 
