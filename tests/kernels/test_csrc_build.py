@@ -52,7 +52,8 @@ def test_modules_have_no_torch_symbol(module):
     spec = importlib.util.find_spec(f"grpo_kernels.{module}")
     if spec is None:
         pytest.skip(f"{module} is not built")
-    symbols = run("nm", "-D", spec.origin).stdout
+    lines = run("nm", "-D", spec.origin).stdout.splitlines()
+    symbols = "\n".join(line.split()[-1] for line in lines)  # not the addresses: one may well end in c10
     assert "PyInit_" in symbols
     assert not re.search(r"torch|c10|_ZN2at|aten", symbols)
     needed = run("readelf", "-d", spec.origin).stdout
