@@ -79,7 +79,8 @@ class GroupWeights(nn.Module):
     Passed to ``fused_grpo_loss`` in training mode it observes the batch, steps, and the batch is weighted with the
     *new* alpha, which is the order of the paper's Algorithm 1.  Ranks agree on alpha by themselves: keep this module
     beside a model that DistributedDataParallel wraps, not inside it, where its buffers would be broadcast from rank 0
-    over what the other ranks have observed.
+    over what the other ranks have observed.  Like an optimizer, a moving one is for one thread at a time; any number
+    may read it.
 
     Args:
         group_sizes: N_g, pairs of each group in the training set: a mapping name → size, or a sequence (then the

@@ -121,7 +121,7 @@ def make_plan(
         if kept < vocabulary:
             kept = kept // _WORDS_MULTIPLE * _WORDS_MULTIPLE
     plan = Plan(rows, hidden, vocabulary, dtype, grad_hidden, grad_weight, words, kept)
-    kind = (hidden, vocabulary, dtype, grad_hidden, grad_weight, memory_budget)
+    kind = (hidden, vocabulary, dtype, grad_hidden, grad_weight)  # not the budget, which may be another at every step
     if kind not in _logged:
         _logged.add(kind)
         _log.info(
