@@ -214,7 +214,8 @@ class SequenceSum(torch.autograd.Function):
         if cu_seqlens is None:
             sums = values.view(sequences, ctx.rows // max(sequences, 1)).sum(dim=1, dtype=torch.float64)
         else:
-            sums = torch.segment_reduce(values.double(), "sum", offsets=cu_seqlens.long(), initial=0, unsafe=True)
+            edges = cu_seqlens.long().clamp(0, ctx.rows)  # a wrong boundary may give a wrong sum, never a stray read
+            sums = torch.segment_reduce(values.double(), "sum", offsets=edges, initial=0, unsafe=True)
         return sums.to(values.dtype)
 
     @staticmethod

@@ -329,7 +329,7 @@ def _checked_targets(
         check_labels_in_range(labels, vocabulary, ignore_index)
     labels = labels.long()
     if not shift or not labels.numel():
-        return labels.reshape(-1)
+        return labels.reshape(-1).contiguous()  # every second column of a matrix is a vector with a stride of 2
     if cu_seqlens is None:  # the first column goes, and one that predicts nothing comes behind the last
         return torch.constant_pad_nd(labels, (-1, 1), ignore_index).view(-1)
     targets = labels.roll(-1)
@@ -380,6 +380,7 @@ def _weighted(
         targets = lengths = None  # nobody asks how long a sequence is
     elif lengths is None:
         lengths = token_rows.new_empty(2 * num_pairs, dtype=torch.float64)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     backend.preference_tail(
         token_rows, targets, cu_seqlens, pairs.ref_logps, group_ids, pairs.pair_weights,
         policy_logps, lengths, margins, rewards, losses, slopes, group_sums, group_counts, group_losses, **settings,

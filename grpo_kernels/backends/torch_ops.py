@@ -161,7 +161,9 @@ def _value_and_slope(
 def _segment_sum(values: torch.Tensor, cu_seqlens: torch.Tensor | None, segments: int) -> torch.Tensor:
     if cu_seqlens is None:
         return values.view(segments, values.shape[0] // max(segments, 1)).sum(dim=1)
-    return torch.segment_reduce(values, "sum", offsets=cu_seqlens.long(), initial=0, unsafe=True)
+    # Held inside the rows: a wrong boundary may give a wrong sum, never a stray read.
+    edges = cu_seqlens.long().clamp(0, values.shape[0])
+    return torch.segment_reduce(values, "sum", offsets=edges, initial=0, unsafe=True)
 
 
 def _safe_index(target: torch.Tensor, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -109,6 +109,18 @@ def test_lengths_that_nobody_asks_for_may_be_missing(place):
 
 
 @every_place
+def test_boundaries_outside_the_rows_are_held_inside(place):
+    """On a device nobody looks at them before: a sum may be wrong then, but of rows that are there."""
+    logps, targets, ids = -torch.rand(12), torch.zeros(12, dtype=torch.int64), torch.tensor([0, 1])
+    got, want = (
+        run_tail(place, logps, targets, torch.tensor(cu, dtype=torch.int32), None, ids, None, 2, **OPTIONS)
+        for cu in ([-3, 4, 9, 2**30, 2**31 - 1], [0, 4, 9, 12, 12])
+    )
+    for name, value in want.items():
+        assert torch.equal(got[name], value), name
+
+
+@every_place
 def test_long_sequences_are_rounded_once(place):
     """Sums in the thousands: added up in float32 they would be off by hundreds of its steps, not by half of one."""
     length = 200 if place.interpreted else 4096

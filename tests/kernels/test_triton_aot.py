@@ -45,7 +45,8 @@ TAIL = {
     "group_ids_ptr": "*i64", "pair_weights_ptr": "*fp64", "policy_logps_ptr": "*fp32", "lengths_ptr": "*fp64",
     "margins_ptr": "*fp32", "rewards_ptr": "*fp32", "losses_ptr": "*fp32", "slopes_ptr": "*fp32",
     "group_sums_ptr": "*fp64", "group_counts_ptr": "*i64", "group_losses_ptr": "*fp32", "num_pairs": "i32",
-    "num_groups": "i32", "length": "i32", "ignore_index": "i32", "beta_bits": "i64", "smoothing_bits": "i64",
+    "num_groups": "i32", "rows": "i32", "length": "i32", "ignore_index": "i32", "beta_bits": "i64",
+    "smoothing_bits": "i64",
 }  # fmt: skip
 TILE = {
     "bias_ptr": "*fp32", "targets_ptr": "*i64", "top_ptr": "*fp32", "rest_ptr": "*fp32", "picked_ptr": "*fp32",

@@ -8,7 +8,14 @@ import pytest
 import torch
 from helpers import IGNORE, make_batch
 
-from grpo_kernels import GroupWeights, fused_grpo_loss, preference_loss, sequence_logps, token_logps
+from grpo_kernels import (
+    GroupWeights,
+    fused_grpo_loss,
+    fused_linear_grpo_loss,
+    preference_loss,
+    sequence_logps,
+    token_logps,
+)
 
 WEIGHTS = torch.tensor([1.0, 2.0])
 
@@ -138,3 +145,39 @@ def test_a_pair_that_is_not_finite_leaves_alpha_and_says_so():
     assert out.losses.isnan().tolist() == [False, True, False, False]
     assert gw.weights.tolist() == [1 / 3] * 3
     assert (int(gw.num_skipped), int(gw.num_updates)) == (1, 0)
+
+
+def strided(tensor):
+    """The same numbers, each second place in memory."""
+    return torch.stack([tensor, torch.full_like(tensor, 77)], dim=-1)[..., 0]
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # kernels, and plain PyTorch
+def test_inputs_may_lie_apart_in_memory(packed, shift, dtype):
+    batch = make_batch(packed=packed, dtype=dtype)
+    hidden = torch.randn(*batch.labels.shape, 5, dtype=dtype)
+    weight, lengths = torch.randn(13, 5, dtype=dtype), torch.full((8,), 2.0, dtype=torch.float64)
+
+    def results(change):
+        labels, ref_logps, group_ids, weights, pair_weights = map(
+            change, (batch.labels, batch.ref_logps, batch.group_ids, batch.weights, batch.pair_weights)
+        )
+        options = {"cu_seqlens": change(batch.cu_seqlens) if packed else None, "shift": shift}
+        pairs = (ref_logps, group_ids, weights)
+        logits = change(batch.leaf())
+        out = fused_grpo_loss(logits, labels, *pairs, pair_weights=pair_weights, length_normalize=True, **options)
+        (gradient,) = torch.autograd.grad(out.loss, logits)
+        sums = change(sequence_logps(batch.logits, labels, **options))
+        return [
+            *out,
+            gradient,
+            token_logps(change(batch.logits), labels, **options),
+            *fused_linear_grpo_loss(change(hidden), change(weight), labels, *pairs, **options),
+            *preference_loss(sums, *pairs, lengths=change(lengths)),
+        ]
+
+    step = 8 * torch.finfo(dtype).eps  # a GEMM may add up in another order
+    for apart, together in zip(results(strided), results(lambda tensor: tensor), strict=True):
+        torch.testing.assert_close(apart, together, rtol=step, atol=step)

@@ -94,13 +94,14 @@ def _value_and_slope(margin, beta, half_inverse_beta, smoothing, LOSS_TYPE: tl.c
 
 @triton.jit
 def _sequence_sums(
-    token_logps_ptr, targets_ptr, cu_seqlens_ptr, lengths_ptr, sequence, inside, length, ignore_index,
+    token_logps_ptr, targets_ptr, cu_seqlens_ptr, lengths_ptr, sequence, inside, rows, length, ignore_index,
     BLOCK_PAIRS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Sum of token logps, and labelled tokens or what to divide by, of BLOCK_PAIRS sequences: both float64."""
     if cu_seqlens_ptr is not None:
-        begin = tl.load(cu_seqlens_ptr + sequence, mask=inside, other=0).to(tl.int64)
-        tokens = tl.load(cu_seqlens_ptr + sequence + 1, mask=inside, other=0).to(tl.int64) - begin
+        # Held inside the rows: a wrong boundary may give a wrong sum, never a stray read.
+        begin = tl.maximum(tl.load(cu_seqlens_ptr + sequence, mask=inside, other=0), 0).to(tl.int64)
+        tokens = tl.minimum(tl.load(cu_seqlens_ptr + sequence + 1, mask=inside, other=0).to(tl.int64), rows) - begin
     else:
         begin = sequence.to(tl.int64) * length
         tokens = tl.where(inside, length, 0).to(tl.int64)
@@ -126,7 +127,7 @@ def _sequence_sums(
 
 # ---------------------------------------------------------------------------------------------- forward
 
-_PLAIN = ["num_pairs", "num_groups", "length", "ignore_index", "beta_bits", "smoothing_bits"]
+_PLAIN = ["num_pairs", "num_groups", "rows", "length", "ignore_index", "beta_bits", "smoothing_bits"]
 _POINTERS = [
     "token_logps_ptr", "targets_ptr", "cu_seqlens_ptr", "ref_logps_ptr", "group_ids_ptr", "pair_weights_ptr",
     "policy_logps_ptr", "lengths_ptr", "margins_ptr", "rewards_ptr", "losses_ptr", "slopes_ptr", "group_sums_ptr",
@@ -139,7 +140,7 @@ def preference_tail_kernel(
     token_logps_ptr, targets_ptr, cu_seqlens_ptr, ref_logps_ptr, group_ids_ptr, pair_weights_ptr,
     policy_logps_ptr, lengths_ptr, margins_ptr, rewards_ptr, losses_ptr, slopes_ptr, group_sums_ptr, group_counts_ptr,
     group_losses_ptr,
-    num_pairs, num_groups, length, ignore_index, beta_bits, smoothing_bits,
+    num_pairs, num_groups, rows, length, ignore_index, beta_bits, smoothing_bits,
     LOSS_TYPE: tl.constexpr, LENGTH_NORMALIZE: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
 ):  # fmt: skip
@@ -157,9 +158,9 @@ def preference_tail_kernel(
         inside = pair < num_pairs
         lose = num_pairs + pair
         logp_w, length_w = _sequence_sums(token_logps_ptr, targets_ptr, cu_seqlens_ptr, lengths_ptr, pair, inside,
-                                          length, ignore_index, BLOCK_PAIRS, BLOCK_TOKENS)  # fmt: skip
+                                          rows, length, ignore_index, BLOCK_PAIRS, BLOCK_TOKENS)  # fmt: skip
         logp_l, length_l = _sequence_sums(token_logps_ptr, targets_ptr, cu_seqlens_ptr, lengths_ptr, lose, inside,
-                                          length, ignore_index, BLOCK_PAIRS, BLOCK_TOKENS)  # fmt: skip
+                                          rows, length, ignore_index, BLOCK_PAIRS, BLOCK_TOKENS)  # fmt: skip
         # Rounded first, as the reference was: a policy that equals it has margin 0 to the bit.
         dtype = policy_logps_ptr.dtype.element_ty
         logp_w = logp_w.to(dtype)
@@ -231,13 +232,14 @@ def preference_tail(
 ) -> None:
     """Token log-probabilities to losses, slopes and group sums; see ``backends.__doc__``."""
     num_pairs, num_groups = group_ids.numel(), group_sums.numel()
-    mean_length = token_logps.numel() // max(2 * num_pairs, 1)
+    rows = token_logps.numel()
+    mean_length = rows // max(2 * num_pairs, 1)
     options = tail_options(mean_length, num_groups)
     with on_device_of(token_logps):
         preference_tail_kernel[(max(triton.cdiv(num_groups, options.block_groups), 1),)](
             token_logps, targets, cu_seqlens, ref_logps, group_ids, pair_weights,
             policy_logps, lengths, margins, rewards, losses, slopes, group_sums, group_counts, group_losses,
-            num_pairs, num_groups, mean_length, ignore_index, _bits(beta), _bits(label_smoothing),
+            num_pairs, num_groups, rows, mean_length, ignore_index, _bits(beta), _bits(label_smoothing),
             LOSS_TYPE=loss_type, LENGTH_NORMALIZE=length_normalize,
             BLOCK_PAIRS=options.block_pairs, BLOCK_TOKENS=options.block_tokens, BLOCK_GROUPS=options.block_groups,
             num_warps=options.num_warps,
