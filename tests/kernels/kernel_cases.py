@@ -2,7 +2,7 @@
 
 Environment:
     GRPO_KERNELS_TEST_BACKENDS   "cpu,triton": only these, and it is an error if one of them cannot run here
-    TRITON_INTERPRET=1           the triton backend runs on the CPU, on small shapes
+    TRITON_INTERPRET=1           the triton backend runs on the CPU, on small shapes (and see cuda_emulator.py)
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Place(NamedTuple):
 
     @property
     def interpreted(self) -> bool:
-        return self.name == "triton" and self.device == "cpu"
+        """A GPU's kernels on the CPU, by Triton's interpreter or the emulator of CUDA: slowly."""
+        return self.name in ("triton", "cuda") and self.device == "cpu"
 
 
 def places() -> list[Place]:
