@@ -76,7 +76,8 @@ def cuda_build():
     codes.append(f"-gencode=arch=compute_{archs[0]},code=compute_{archs[0]}")
     objects = [("bindings_cuda.cpp", "bindings.o", "nvcc", "")]
     objects += [
-        (f"cuda/{name}.cu", f"{name}.o", "nvcc", " ".join(codes)) for name in ("token_logps", "preference_tail")
+        (f"cuda/{name}.cu", f"{name}.o", "nvcc", " ".join(codes))
+        for name in ("token_logps", "preference_tail", "head_tile")
     ]
     return objects
 

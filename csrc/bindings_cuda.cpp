@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/head_tile.h"
 #include "cuda/preference_tail.h"
 #include "cuda/token_logps.h"
 #include "margin_loss.h"
@@ -64,6 +65,43 @@ void bwd(int dtype, Address logits, int64_t sequences, int64_t length, int64_t v
                   stream_of(device, stream));
 }
 
+// Divided here, once and in float64: a division for every element is a subroutine, and saving registers around it needs
+// a stack.
+Tile tile_of(int dtype, int out_dtype, int64_t rows, int64_t words, int64_t start, Address logits, int64_t stride,
+             Address bias, Address targets, double softcap, double logit_scale) {
+  const double inverse = softcap == 0 ? 1.0 : 1 / softcap;
+  return {dtype_of(dtype), dtype_of(out_dtype), rows, words, start, at<void>(logits), stride, at<float>(bias),
+          at<int64_t>(targets), static_cast<float>(softcap), static_cast<float>(inverse),
+          static_cast<float>(logit_scale * inverse)};
+}
+
+void tile_fwd(int out_dtype, int dtype, Address logits, int64_t rows, int64_t words, int64_t stride, Address bias,
+              Address targets, Address top, Address rest, Address picked, Address factor, Address exps,
+              int64_t exps_stride, float exps_scale, int64_t start, double softcap, double logit_scale, int device,
+              Address stream) {
+  head_tile_fwd({tile_of(dtype, out_dtype, rows, words, start, logits, stride, bias, targets, softcap, logit_scale),
+                 at<float>(top),
+                 at<float>(rest),
+                 at<float>(picked),
+                 at<float>(factor),
+                 at<void>(exps),
+                 exps_stride,
+                 exps_scale},
+                stream_of(device, stream));
+}
+
+void tile_bwd(int out_dtype, int dtype, Address logits, int64_t rows, int64_t words, int64_t stride, Address bias,
+              Address targets, Address top, Address scale, Address at_target, Address grads, int64_t grads_stride,
+              int64_t start, double softcap, double logit_scale, int device, Address stream) {
+  head_tile_bwd({tile_of(dtype, out_dtype, rows, words, start, logits, stride, bias, targets, softcap, logit_scale),
+                 at<float>(top),
+                 at<float>(scale),
+                 at<float>(at_target),
+                 at<void>(grads),
+                 grads_stride},
+                stream_of(device, stream));
+}
+
 void tail(bool float64, int64_t rows, int64_t pairs, int64_t groups, Address token_logps, Address targets,
           Address cu_seqlens, Address ref_logps, Address group_ids, Address pair_weights, Address policy_logps,
           Address lengths, Address margins, Address rewards, Address losses, Address slopes, Address group_sums,
@@ -113,5 +151,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("token_logps_fwd", fwd, unlocked);
   m.def("token_logps_bwd", bwd, unlocked);
   m.def("preference_tail", tail, unlocked);
+  m.def("head_tile_fwd", tile_fwd, unlocked);
+  m.def("head_tile_bwd", tile_bwd, unlocked);
   m.def("device_count", device_count, unlocked);
 }

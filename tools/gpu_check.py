@@ -1,12 +1,13 @@
 """Everything that needs an NVIDIA GPU, in one command and at most eight minutes: ``make gpu-check OUT=DIR``.
 
-Builds the extensions in place, runs the tests on the device and the kernels under compute-sanitizer, times every
-backend, and prints one table last.  Needs no network.  OUT receives at most eight files: one log a step, bench.csv,
+Builds the extensions in place, runs the tests on the device, times every backend, runs the kernels under
+compute-sanitizer, and prints one table last.  Needs no network.  OUT receives seven files: one log a step, bench.csv,
 machine.json and summary.txt.
 
     python tools/gpu_check.py --out DIR [--only build,tests]
 
-Exit status: 0 if every step passed, 1 if one did not (the others have run all the same), 2 without a GPU.
+Every command has a limit, and so has its step; one that fails, or is stopped, keeps none of the others from running.
+Exit status: 0 if every command passed, 1 if one did not, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class Command(NamedTuple):
 
     arguments: list[str]
     environment: dict[str, str]
+    seconds: int = TOTAL_SECONDS
+    """Its own limit, so that what hangs leaves time to the rest of its step."""
 
 
 class Step(NamedTuple):
@@ -57,46 +60,58 @@ class Result(NamedTuple):
 # ---- the steps
 
 
+def cuda_tool(name: str) -> str:
+    """A tool of the CUDA toolkit, which need not be on PATH."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which(name) or str(Path(home, "bin", name))
+
+
 def build(out: Path) -> list[Command]:
     import torch
 
     major, minor = torch.cuda.get_device_capability()
     environment = {"GRPO_KERNELS_CUDA": "1", "GRPO_KERNELS_CUDA_ARCHS": f"{major}{minor}"}
+    if not shutil.which("nvcc"):
+        environment["CUDA_HOME"] = str(Path(cuda_tool("nvcc")).parents[1])
     return [Command([sys.executable, "setup.py", "build_ext", "--inplace"], environment)]
 
 
 def tests(out: Path) -> list[Command]:
+    """One run a backend: where one of them is not there, the other is tested all the same."""
     paths = ["tests/gpu", "tests/kernels/test_parity.py", "tests/kernels/test_preference_tail.py"]
     arguments = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "--durations=8", *paths]
     if importlib.util.find_spec("xdist"):
         # Few: some cases take gigabytes of the GPU, and each process holds a context.
         arguments += ["-n", "4", "--dist", "worksteal"]
     # Named, a backend that cannot run is an error and no skip.
-    return [Command(arguments, {"GRPO_KERNELS_TEST_BACKENDS": "triton,cuda", "OMP_NUM_THREADS": "4"})]
+    return [
+        Command(arguments, {"GRPO_KERNELS_TEST_BACKENDS": backend, "OMP_NUM_THREADS": "4"}, seconds)
+        for backend, seconds in (("triton", 120), ("cuda", 90))
+    ]
+
+
+def benchmarks(out: Path) -> list[Command]:
+    return [Command([sys.executable, "tools/gpu_bench.py", "--csv", str(out / "bench.csv"), "--seconds", "95"], {})]
 
 
 def sanitizer(out: Path) -> list[Command]:
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    tool = cuda_tool("compute-sanitizer")
     commands = []
     for backend in ("triton", "cuda"):
         script = [sys.executable, "tests/gpu/sanitized.py", backend]
         # Once without the tool: Triton compiles here, and a script that fails by itself says so by itself.
-        commands.append(Command(script, environment))
+        commands.append(Command(script, environment, 40))
         for check in ("memcheck", "racecheck", "initcheck"):
-            commands.append(Command([tool, "--tool", check, "--error-exitcode", "9", *script], environment))
+            commands.append(Command([tool, "--tool", check, "--error-exitcode", "9", *script], environment, 30))
     return commands
 
 
-def benchmarks(out: Path) -> list[Command]:
-    return [Command([sys.executable, "tools/gpu_bench.py", "--csv", str(out / "bench.csv"), "--seconds", "75"], {})]
-
-
 STEPS = [
-    Step("build", 120, build),
-    Step("tests", 210, tests),
-    Step("sanitizer", 120, sanitizer),
-    Step("benchmarks", 100, benchmarks),
+    Step("build", 70, build),
+    Step("tests", 200, tests),
+    Step("benchmarks", 110, benchmarks),
+    Step("sanitizer", 90, sanitizer),
 ]
 
 
@@ -115,7 +130,7 @@ def run_step(step: Step, out: Path, deadline: float) -> Result:
         except Exception as error:
             commands, failures = [], [f"{type(error).__name__}: {error}"]
         for command in commands:
-            left = ends - time.monotonic()
+            left = min(ends - time.monotonic(), command.seconds)
             title = describe(command)
             if left <= 1:
                 failures.append(f"{title}: no time left")
@@ -179,7 +194,7 @@ def machine() -> dict[str, str]:
     }
     for name, command in {
         "driver": ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-        "nvcc": ["nvcc", "--version"],
+        "nvcc": [cuda_tool("nvcc"), "--version"],
         "commit": ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
     }.items():
         try:
@@ -218,6 +233,10 @@ def gpu_reason() -> str | None:
         return "this PyTorch is built for AMD GPUs; the check is for NVIDIA's"
     if not torch.cuda.is_available():
         return f"PyTorch {torch.__version__} sees no NVIDIA GPU on this machine"
+    try:
+        torch.zeros(1, device="cuda").item()
+    except RuntimeError as error:
+        return f"PyTorch {torch.__version__} sees a GPU that it cannot use ({str(error).splitlines()[0]})"
     return None
 
 

@@ -56,6 +56,13 @@ inline __device__ Chunk<T> load_chunk(const T* p) {
   chunk.bits = __ldcs(reinterpret_cast<const uint4*>(p));
   return chunk;
 }
+// The same of what will be read again soon.
+template <class T>
+inline __device__ Chunk<T> load_kept(const T* p) {
+  Chunk<T> chunk;
+  chunk.bits = __ldca(reinterpret_cast<const uint4*>(p));
+  return chunk;
+}
 template <class T>
 inline __device__ void store_chunk(T* p, const Chunk<T>& chunk) {
   __stcs(reinterpret_cast<uint4*>(p), chunk.bits);

@@ -181,8 +181,18 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     """
     if not (isinstance(name, str) and (name == "auto" or name in _MODULES)):
         raise ValueError(f"backend must be 'auto' or one of {sorted(_MODULES)}, got {name!r}"[:200])
-    if name == "auto":
-        return _choose_auto(device, dtype)
+    # The answer cannot change within a process, and asking anew would cost more than a small call's kernels.
+    chosen = _chosen.get((name, device, dtype))
+    if chosen is None:
+        chosen = _choose_auto(device, dtype) if name == "auto" else _choose_named(name, device, dtype)
+        _chosen[name, device, dtype] = chosen
+    return chosen
+
+
+_chosen: dict[tuple[str, torch.device, torch.dtype], Backend] = {}
+
+
+def _choose_named(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     reason = _unavailable_reason(name)
     if reason is None:
         reason = _load(name).unsupported_reason(device, dtype)
@@ -191,26 +201,19 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     return _load(name)
 
 
-_auto_cache: dict[tuple[torch.device, torch.dtype], Backend] = {}
-
-
 def _choose_auto(device: torch.device, dtype: torch.dtype) -> Backend:
-    # The answer cannot change within a process, and asking anew would cost more than a small call's kernels.
-    chosen = _auto_cache.get((device, dtype))
-    if chosen is None:
-        kind, passed_over = device_kind(device), []
-        for name in _MODULES:
-            if _unavailable_reason(name) is None and _load(name).unsupported_reason(device, dtype) is None:
-                if name == "torch" or (name, kind) in PROVEN:
-                    chosen = _load(name)
-                    break
-                passed_over.append(name)
-        if chosen is None:  # pragma: no cover - torch takes every floating dtype, which callers have checked
-            raise UnavailableBackendError(f"no backend takes {dtype} on {device}")
-        if chosen is _load("torch") and passed_over and device.type != "cpu":
-            _warn_once(kind, passed_over)
-        _auto_cache[(device, dtype)] = chosen
-    return chosen
+    kind = device_kind(device)
+    passed_over: list[str] = []
+    for name in _MODULES:
+        if _unavailable_reason(name) is not None or _load(name).unsupported_reason(device, dtype) is not None:
+            continue
+        if name == "torch" or (name, kind) in PROVEN:
+            if name == "torch" and passed_over and device.type != "cpu":
+                _warn_once(kind, passed_over)
+            return _load(name)
+        passed_over.append(name)
+    # torch takes every floating dtype, which callers have checked
+    raise UnavailableBackendError(f"no backend takes {dtype} on {device}")  # pragma: no cover
 
 
 _warned: set[str] = set()

@@ -122,14 +122,16 @@ def tile_fwd_arguments(
     picked: torch.Tensor,
     factor: torch.Tensor,
     exps: torch.Tensor | None,
+    *,
+    narrower: bool = False,
 ) -> tuple:
-    """The arguments of ``head_tile_fwd`` up to the options."""
+    """The arguments of ``head_tile_fwd`` up to the options; ``narrower``: exps of a float32 tile may have 16 bits."""
     rows, f32 = logits.shape[0], torch.float32
     return (
         *_tile(logits, bias, targets, device),
         _vector("top", top, rows, f32, device), _vector("rest", rest, rows, f32, device),
         _vector("picked", picked, rows, f32, device), _vector("factor", factor, rows, f32, device),
-        *((0, 0) if exps is None else _like_tile("exps", exps, logits, device)),
+        *((0, 0) if exps is None else _like_tile("exps", exps, logits, device, narrower)),
     )  # fmt: skip
 
 
@@ -142,13 +144,15 @@ def tile_bwd_arguments(
     scale: torch.Tensor,
     at_target: torch.Tensor,
     grads: torch.Tensor,
+    *,
+    narrower: bool = False,
 ) -> tuple:
-    """The arguments of ``head_tile_bwd`` up to the options."""
+    """The arguments of ``head_tile_bwd`` up to the options; ``narrower`` as in :func:`tile_fwd_arguments`."""
     rows, f32 = logits.shape[0], torch.float32
     return (
         *_tile(logits, bias, targets, device),
         _vector("top", top, rows, f32, device), _vector("scale", scale, rows, f32, device),
-        _vector("at_target", at_target, rows, f32, device), *_like_tile("grads", grads, logits, device),
+        _vector("at_target", at_target, rows, f32, device), *_like_tile("grads", grads, logits, device, narrower),
     )  # fmt: skip
 
 
@@ -161,9 +165,12 @@ def _tile(logits: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
     )  # fmt: skip
 
 
-def _like_tile(name: str, tensor: torch.Tensor, logits: torch.Tensor, device: torch.device) -> tuple[int, int]:
+def _like_tile(
+    name: str, tensor: torch.Tensor, logits: torch.Tensor, device: torch.device, narrower: bool
+) -> tuple[int, int]:
     """Address and row stride of what a tile operation writes."""
-    if tensor.dtype is not logits.dtype or tensor.shape != logits.shape:
+    same = tensor.dtype is logits.dtype or (narrower and logits.dtype is torch.float32)
+    if not same or tensor.shape != logits.shape:
         raise ValueError(
             f"{name} must be like logits, {tuple(logits.shape)} {logits.dtype}, "
             f"got {tuple(tensor.shape)} {tensor.dtype}"

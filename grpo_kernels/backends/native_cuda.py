@@ -10,7 +10,14 @@ from __future__ import annotations
 
 import torch  # before _cuda, so that its context is the one in use
 
-from ._native import DTYPES, backward_arguments, forward_arguments, tail_arguments
+from ._native import (
+    DTYPES,
+    backward_arguments,
+    forward_arguments,
+    tail_arguments,
+    tile_bwd_arguments,
+    tile_fwd_arguments,
+)
 
 try:
     from .. import _cuda  # type: ignore[attr-defined]
@@ -100,6 +107,47 @@ def preference_tail(
     )  # fmt: skip
     options = (loss_type, beta, label_smoothing, length_normalize, ignore_index)
     _launch(_cuda.preference_tail, device, *arguments, *options)
+
+
+def head_tile_fwd(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    top: torch.Tensor,
+    rest: torch.Tensor,
+    picked: torch.Tensor,
+    factor: torch.Tensor,
+    exps: torch.Tensor | None,
+    *,
+    start: int,
+    softcap: float,
+    logit_scale: float,
+    shift: float,
+) -> None:
+    """Carry (top, rest, picked) past one tile and write its exponentials; see ``backends.__doc__``."""
+    device = _gpu_of(logits)
+    arguments = tile_fwd_arguments(device, logits, bias, targets, top, rest, picked, factor, exps, narrower=True)
+    out_code = DTYPES[logits.dtype if exps is None else exps.dtype]
+    _launch(_cuda.head_tile_fwd, device, out_code, *arguments, 2.0**-shift, start, softcap, logit_scale)
+
+
+def head_tile_bwd(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    top: torch.Tensor,
+    scale: torch.Tensor,
+    at_target: torch.Tensor,
+    grads: torch.Tensor,
+    *,
+    start: int,
+    softcap: float,
+    logit_scale: float,
+) -> None:
+    """The gradient of one tile of the GEMM's output; see ``backends.__doc__``."""
+    device = _gpu_of(logits)
+    arguments = tile_bwd_arguments(device, logits, bias, targets, top, scale, at_target, grads, narrower=True)
+    _launch(_cuda.head_tile_bwd, device, DTYPES[grads.dtype], *arguments, start, softcap, logit_scale)
 
 
 def _gpu_of(tensor: torch.Tensor) -> torch.device:

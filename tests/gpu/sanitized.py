@@ -52,6 +52,23 @@ def tail(module, pairs: int, groups: int, length: int) -> None:
         raise SystemExit("group counts do not add up to the pairs")
 
 
+def tile(module, dtype: torch.dtype, wide: bool, words: int, first: int, softcap: float) -> None:
+    rows, logits_dtype = 5, torch.float32 if wide else dtype
+    memory = torch.randn(rows * words + first).to(logits_dtype).cuda()
+    logits, exps = memory[first:].view(rows, words), torch.zeros(rows, words).to(dtype).cuda()
+    targets = torch.tensor([7, 7 + words - 1, 0, 7 + words, -1]).cuda()
+    bias = torch.randn(words).cuda() if softcap else None
+    top, rest, picked, factor, scale = (torch.full((rows,), value).cuda() for value in (-2.0, 1.0, 0.0, 0.0, 0.5))
+    options = {"start": 7, "softcap": softcap, "logit_scale": 0.5}
+    module.head_tile_fwd(logits, bias, targets, top, rest, picked, factor, None, **options, shift=0)
+    module.head_tile_fwd(logits, bias, targets, top, rest, picked, factor, exps, **options, shift=3)
+    module.head_tile_bwd(logits, bias, targets, top, scale, scale, exps, **options)
+    if not wide:
+        module.head_tile_bwd(logits, bias, targets, top, scale, scale, logits, **options)
+        if not torch.equal(logits.cpu(), exps.cpu()):
+            raise SystemExit(f"in place and out of place differ: tile of {dtype}, {words} words, first = {first}")
+
+
 def main() -> None:
     module = choose(sys.argv[1], torch.device("cuda"), torch.float32)
     for dtype in (torch.float32, torch.bfloat16):
@@ -59,6 +76,8 @@ def main() -> None:
             token_logps(module, dtype, vocabulary, start)
     for pairs, groups, length in ((1, 1, 5), (9, 300, 70)):
         tail(module, pairs, groups, length)
+    for wide, words, first, softcap in ((False, 1031, 1, 0.0), (True, 2048, 0, 20.0), (False, 5001, 3, 20.0)):
+        tile(module, torch.bfloat16, wide, words, first, softcap)
     torch.cuda.synchronize()
     print(f"{sys.argv[1]}: every kernel ran")
 

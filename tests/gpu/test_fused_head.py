@@ -1,17 +1,21 @@
-"""The fused LM head on the device against float64, through the public function.  Not run on a GPU."""
+"""The fused LM head on the device against float64: its tiles one by one, and all of it through the public function."""
 
 from __future__ import annotations
 
 import pytest
+import tile_cases
 import torch
+from kernel_cases import Place
 
 from grpo_kernels import GroupWeights, fused_linear_grpo_loss
-from grpo_kernels.backends import backends
-
-pytestmark = pytest.mark.skipif(backends()["triton"] is not None, reason="the Triton backend is not here")
 
 DEVICE = "cuda"
 PAIRS, LENGTH, WIDTH = 3, 24, 64
+
+
+@tile_cases.several_blocks
+def test_tiles_of_several_blocks_from_any_start(backend, dtype, words, first, softcap, wide):
+    tile_cases.check_tile(Place(backend, DEVICE), dtype, words, first, softcap, wide)
 
 
 def run(hidden, weight, bias, labels, backend, **options):
@@ -30,7 +34,7 @@ def run(hidden, weight, bias, labels, backend, **options):
 @pytest.mark.parametrize("vocabulary", [1031, 20000])
 @pytest.mark.parametrize("memory_budget", [0, 1 << 30])
 @pytest.mark.parametrize("softcap", [None, 20.0])
-def test_fused_head_against_float64(dtype, vocabulary, memory_budget, softcap):
+def test_fused_head_against_float64(backend, dtype, vocabulary, memory_budget, softcap):
     """One tile and several, aligned and not, kept and made again; the error is at most that of the torch backend."""
     hidden = torch.randn(2 * PAIRS, LENGTH, WIDTH, device=DEVICE).to(dtype)
     weight = (3 * torch.randn(vocabulary, WIDTH, device=DEVICE) / WIDTH**0.5).to(dtype)
@@ -41,8 +45,8 @@ def test_fused_head_against_float64(dtype, vocabulary, memory_budget, softcap):
     inputs = hidden, weight, bias, labels
     exact = run(*(x.double() for x in inputs[:3]), labels, "torch", **options)
     plain = run(*inputs, "torch", **options)
-    ours = run(*inputs, "triton", **options)
-    again = run(*inputs, "triton", **options)
+    ours = run(*inputs, backend, **options)
+    again = run(*inputs, backend, **options)
     epsilon = torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 0.5)
     for name, truth, theirs, mine, repeat in zip(
         ("loss", "hidden", "weight", "bias"), exact, plain, ours, again, strict=True

@@ -107,8 +107,9 @@ def test_fifty_steps_give_the_same_bits(backend, packed):
         assert_same(step.run(), first)
 
 
-def test_a_step_never_waits_for_the_device(backend):
-    step = Step(backend)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_step_never_waits_for_the_device(backend, packed):
+    step = Step(backend, packed=packed)
     step.run()
     torch.cuda.synchronize()
     before = torch.cuda.get_sync_debug_mode()

@@ -23,7 +23,7 @@ import torch
 
 CSRC = Path(__file__).parents[2] / "csrc"
 EMULATION = Path(__file__).parent / "cuda_emulation"
-LAUNCH = re.compile(r"(\w+(?:<\w+>)?)<<<(.+?), (\w+), 0, stream>>>\((\w+)\)")
+LAUNCH = re.compile(r"(\w+(?:<[\w, ]+>)?)<<<(.+?), (\w+), 0, stream>>>\((\w+)\)")
 
 
 def compiler() -> str | None:

@@ -18,7 +18,7 @@ import grpo_kernels
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 WHEEL_ARCHS = (80, 86, 89, 90, 100, 120)
-KERNELS = 3 + 3 + 2  # forward and backward in three dtypes, the tail in two
+KERNELS = 3 + 3 + 2 + 5 + 5  # forward and backward in three dtypes, the tail in two, tiles in five pairs of dtypes
 
 needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a source tree")
 needs_cxx = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler")
@@ -104,17 +104,18 @@ def test_sets_of_instructions_share_no_function(tmp_path):
 def test_cuda_kernels_stay_in_registers(tmp_path, arch):
     """No spills, no stack frame, and rows read 16 bytes at a time, in every kernel."""
     frames, wide_loads = [], 0
-    for name in ("token_logps", "preference_tail"):
+    for name in ("token_logps", "preference_tail", "head_tile"):
         cubin = tmp_path / f"{name}.cubin"
         done = run("nvcc", "-std=c++17", "-O3", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v",
                    CSRC / "cuda" / f"{name}.cu", "-o", cubin)  # fmt: skip
         frames += re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-        if name == "token_logps" and shutil.which("cuobjdump"):
-            wide_loads = len(re.findall(r"\bLDG\.E\S*\.128", run("cuobjdump", "-sass", cubin).stdout))
+        if name != "preference_tail" and shutil.which("cuobjdump"):
+            wide_loads += len(re.findall(r"\bLDG\.E\S*\.128", run("cuobjdump", "-sass", cubin).stdout))
     assert len(frames) == KERNELS
     assert set(frames) == {("0", "0", "0")}
     if shutil.which("cuobjdump"):
-        assert wide_loads >= 6 * 4  # four chunks under way in each of the six kernels
+        # Four chunks under way in each of the six row kernels; a tile is read at three places forward, at one backward.
+        assert wide_loads >= 6 * 4 + 5 * (3 + 1)
 
 
 @pytest.mark.slow

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import cuda_emulator
 import pytest
+import test_linear_head
+import tile_cases
 import torch
 from kernel_cases import (
     DTYPES,
@@ -38,6 +40,7 @@ inside = pytest.mark.skipif(not INSIDE, reason="runs in the process that test_in
 needs_gcc = pytest.mark.skipif(
     cuda_emulator.compiler() is None or not cuda_emulator.CSRC.exists(), reason="no g++, or no sources to compile"
 )
+small_tiles = test_linear_head.small_tiles
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
 
 
@@ -144,3 +147,27 @@ def test_more_pairs_than_a_block_looks_at_together(groups):
     options = {"loss_type": "sigmoid", "beta": 0.1, "label_smoothing": 0.0, "length_normalize": True}
     got = run_tail(CUDA, *arguments, groups, **options)
     assert_tail(got, tail_oracle(*arguments, groups, **options), torch.float32)
+
+
+@inside
+@tile_cases.cases_of(test_linear_head.test_tile_operations_against_their_definition)
+def test_tiles_against_their_definition(dtype, softcap, logit_scale, biased, words):
+    test_linear_head.test_tile_operations_against_their_definition("cuda", dtype, softcap, logit_scale, biased, words)
+
+
+@inside
+@tile_cases.several_blocks
+def test_tiles_of_several_rounds_from_any_start(dtype, words, first, softcap, wide):
+    tile_cases.check_tile(CUDA, dtype, words, first, softcap, wide)
+
+
+@inside
+@tile_cases.cases_of(test_linear_head.test_bad_logits_answer_as_log_softmax_does)
+def test_bad_logits_through_the_head(value, whole_row, small_tiles):
+    test_linear_head.test_bad_logits_answer_as_log_softmax_does("cuda", value, whole_row, small_tiles)
+
+
+@inside
+@tile_cases.cases_of(test_linear_head.test_confident_rows_keep_their_gradient)
+def test_confident_rows_through_the_head(dtype, budget, small_tiles):
+    test_linear_head.test_confident_rows_keep_their_gradient("cuda", dtype, budget, small_tiles)

@@ -184,13 +184,16 @@ def test_the_tail():
     check_tail(TARGETS["sm_90"], 512, 4, "sigmoid")
 
 
-@pytest.mark.parametrize("itemsize", [2, 4])
-def test_no_two_threads_share_an_element(itemsize):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("options_of", "entries"),
+    [(table.token_logps_options, table.TOKEN_LOGPS), (table.head_tile_options, table.HEAD_TILE)],
+)
+def test_no_two_threads_share_an_element(options_of, entries, dtype):
     """In place, a thread may only read what it alone writes: a block has no more threads than 16-byte groups."""
     for direction, warp_size in itertools.product(("fwd", "bwd"), (32, 64)):
-        for vocabulary in VOCABULARIES.values():
-            dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
-            options = table.token_logps_options(direction, vocabulary, dtype, warp_size)
+        for most, *_ in entries[direction, dtype.itemsize]:
+            options = options_of(direction, min(most, 1 << 20), dtype, warp_size)
             assert options.block_v // options.vec >= options.num_warps * warp_size
             assert options.num_warps >= 1
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import test_linear_head
+import tile_cases
 import torch
 from kernel_cases import (
     DTYPES,
@@ -29,7 +30,6 @@ from kernel_cases import (
     tail_oracle,
 )
 
-from grpo_kernels.backends import choose, torch_ops_head
 from grpo_kernels.types import IGNORE_INDEX
 
 HERE = Path(__file__).parent
@@ -138,83 +138,28 @@ def test_sequences_of_several_blocks(packed):
             torch.testing.assert_close(got[name].double(), value.double(), rtol=tolerance, atol=1e-10)
 
 
-def cases_of(test):
-    """The parametrisation of a test of test_linear_head.py, without its backends."""
-
-    def decorate(function):
-        for mark in test.pytestmark:
-            if mark.args[0] != "backend":
-                function = pytest.mark.parametrize(*mark.args, **mark.kwargs)(function)
-        return function
-
-    return decorate
-
-
 @inside
-@cases_of(test_linear_head.test_tile_operations_against_their_definition)
+@tile_cases.cases_of(test_linear_head.test_tile_operations_against_their_definition)
 def test_tiles_against_their_definition(dtype, softcap, logit_scale, biased, words):
     test_linear_head.test_tile_operations_against_their_definition("triton", dtype, softcap, logit_scale, biased, words)
 
 
 @inside
-@cases_of(test_linear_head.test_bad_logits_answer_as_log_softmax_does)
+@tile_cases.cases_of(test_linear_head.test_bad_logits_answer_as_log_softmax_does)
 def test_bad_logits_through_the_head(value, whole_row, small_tiles):
     test_linear_head.test_bad_logits_answer_as_log_softmax_does("triton", value, whole_row, small_tiles)
 
 
 @inside
-@cases_of(test_linear_head.test_confident_rows_keep_their_gradient)
+@tile_cases.cases_of(test_linear_head.test_confident_rows_keep_their_gradient)
 def test_confident_rows_through_the_head(dtype, budget, small_tiles):
     test_linear_head.test_confident_rows_keep_their_gradient("triton", dtype, budget, small_tiles)
 
 
 @inside
-@pytest.mark.parametrize("wide", [False, True], ids=["one-dtype", "float32-tile"])
-@pytest.mark.parametrize("softcap", [0.0, 20.0])
-@pytest.mark.parametrize(("words", "first"), [(4500, 0), (4500, 1), (2056, 5), (7, 3), (1024, 0)])
-@every_dtype
+@tile_cases.several_blocks
 def test_tiles_of_several_blocks_from_any_start(dtype, words, first, softcap, wide):
-    """Whole and partial blocks, with edges and without; ``wide`` is what a GPU's GEMM answers: float32 logits."""
-    rows, start = 5, 1000
-    memory = torch.full((rows * (words + 1) + first,), torch.nan, dtype=torch.float32 if wide else dtype)
-    logits = memory[first:].view(rows, words + 1)[:, :words]
-    logits.copy_(3 * torch.randn(rows, words))
-    bias = torch.randn(words) if softcap else None
-    targets = torch.tensor([start, start + words - 1, start + words // 2, 3, start + min(5, words - 1)])
-    options = {"start": start, "softcap": softcap, "logit_scale": 0.75}
-    initial = torch.full((rows,), -2.0), torch.rand(rows), torch.zeros(rows), torch.zeros(rows)
-    exact, plain = [x.double() for x in initial], [x.clone() for x in initial]
-    exact_exps, plain_exps = torch.empty(rows, words, dtype=torch.float64), torch.empty(rows, words, dtype=dtype)
-    for state, exps in ((exact, exact_exps), (plain, plain_exps)):
-        z = logits.to(state[0].dtype)
-        b = None if bias is None else bias.to(state[0].dtype)
-        torch_ops_head.head_tile_fwd(z, b, targets, *state, exps, **options, shift=3)
-    backend = choose("triton", torch.device("cpu"), dtype)
-    state = [x.clone() for x in initial]
-    space = torch.full((rows * (words + 1) + 1,), torch.nan, dtype=dtype)
-    exps = space[1:].view(rows, words + 1)[:, :words]
-    backend.head_tile_fwd(logits, bias, targets, *state, exps, **options, shift=3)
-    for mine, theirs, truth in zip(state, plain, exact, strict=True):
-        error, allowed = (mine - truth).abs(), (theirs - truth).abs().max() + 2.0**-21 * truth.abs().max().clamp(min=1)
-        assert (error <= allowed).all(), (error.max(), allowed)
-    # What float32 holds of z - top, and one rounding to the dtype.
-    half_step = torch.finfo(dtype).eps / 2 + 2.0**-23 * (8 + 2 * logits.abs().max().item())
-    tiny = 2 * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    assert ((exps - exact_exps).abs() <= half_step * exact_exps + tiny).all()
-    assert torch.isnan(space[0])
-    assert torch.isnan(space[1:].view(rows, -1)[:, -1]).all(), "written outside the rows"
-
-    scale, at_target = torch.randn(rows), torch.randn(rows)
-    exact_grads = torch.empty(rows, words, dtype=torch.float64)
-    wide_bias = None if bias is None else bias.double()
-    vectors = [x.double() for x in (state[0], scale, at_target)]
-    torch_ops_head.head_tile_bwd(logits.double(), wide_bias, targets, *vectors, exact_grads, **options)
-    backend.head_tile_bwd(logits, bias, targets, state[0], scale, at_target, exps, **options)
-    assert ((exps - exact_grads).abs() <= half_step * exact_grads.abs() + tiny).all()
-    if not wide:
-        backend.head_tile_bwd(logits, bias, targets, state[0], scale, at_target, logits, **options)
-        assert torch.equal(logits, exps)
-        assert torch.isnan(memory[first:].view(rows, -1)[:, -1]).all(), "written outside the rows"
+    tile_cases.check_tile(TRITON, dtype, words, first, softcap, wide)
 
 
 @inside

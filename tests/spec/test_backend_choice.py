@@ -27,7 +27,7 @@ def machine_with_a_gpu(monkeypatch):
         registry, "_unavailable_reason", lambda name: None if name in ("torch", "triton") else "not in this story"
     )
     monkeypatch.setattr(registry, "_load", {"torch": plain, "triton": triton}.__getitem__)
-    monkeypatch.setattr(registry, "_auto_cache", {})
+    monkeypatch.setattr(registry, "_chosen", {})
     monkeypatch.setattr(registry, "_warned", set())
     monkeypatch.setattr(registry, "PROVEN", {})
     return registry

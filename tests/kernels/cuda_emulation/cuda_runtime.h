@@ -224,6 +224,10 @@ T __ldcs(const T* p) {
   return *emulation::aligned(p);
 }
 template <class T>
+T __ldca(const T* p) {
+  return *emulation::aligned(p);
+}
+template <class T>
 void __stcs(T* p, T value) {
   *emulation::aligned(p) = value;
 }
