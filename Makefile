@@ -12,7 +12,7 @@ PIP := $(PY) -m pip --quiet --disable-pip-version-check
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-nightly gpu-check paper lint format clean
+.PHONY: help demo test test-slow test-nightly gpu-check bench bench-report paper lint format clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -33,6 +33,12 @@ OUT ?= runs/gpu-check
 # Uses the Python that is there, with its torch, and no network: a machine with a GPU is rarely one's own.
 gpu-check: ## on a machine with an NVIDIA GPU: build, GPU tests, sanitizer, benchmark rows; OUT=DIR
 	$(PYTHON) tools/gpu_check.py --out $(OUT)
+
+bench: $(VENV)/.bench ## times and memory on this CPU beside PyTorch and the peers: under 10 minutes on 4 quiet cores
+	$(PY) -m benchmarks logps head tail step overhead --device cpu --seconds 540
+
+bench-report: $(VENV)/.bench ## benchmarks/report.md, its figures and the README's table, from benchmarks/results/
+	$(PY) -m benchmarks report
 
 paper: $(VENV)/.train ## the paper's bandit study: docs/paper.md and docs/figures/
 	$(PY) -m experiments.bandits
@@ -72,4 +78,9 @@ $(VENV)/.train: $(VENV)/.torch $(SOURCES)
 $(VENV)/.dev: $(VENV)/.torch $(SOURCES)
 	@echo "installing grpo_kernels, with everything the tests need"
 	$(PIP) install -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.torch $(SOURCES)
+	@echo "installing grpo_kernels, with the trainer and what it is compared with"
+	$(PIP) install -c constraints.txt -e ".[train,bench]"
 	@touch $@

@@ -97,6 +97,11 @@ def read(path: Path) -> list[dict[str, str]]:
     return rows
 
 
+def number(row: Mapping[str, str], name: str) -> float | None:
+    """A column as a number; None where it is empty."""
+    return float(row[name]) if row[name] else None
+
+
 def merge(path: Path, rows: Iterable[Mapping[str, object]], device: torch.device) -> None:
     """Put rows into a file in the place of those with the same case, work, dtype and clock; the rest stays."""
     where = made(device)
