@@ -35,7 +35,7 @@ gpu-check: ## on a machine with an NVIDIA GPU: build, GPU tests, sanitizer, benc
 	$(PYTHON) tools/gpu_check.py --out $(OUT)
 
 bench: $(VENV)/.bench ## times and memory on this CPU beside PyTorch and the peers: under 10 minutes on 4 quiet cores
-	$(PY) -m benchmarks logps head tail step overhead --device cpu --seconds 540
+	$(PY) -m benchmarks logps head tail step overhead --device cpu --seconds 560
 
 bench-report: $(VENV)/.bench ## benchmarks/report.md, its figures and the README's table, from benchmarks/results/
 	$(PY) -m benchmarks report

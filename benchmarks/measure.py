@@ -76,19 +76,22 @@ def interleaved(
     rounds: int,
     clock: str = "wall",
     most_seconds: float = float("inf"),
+    ends: float = float("inf"),
 ) -> dict[str, Times]:
     """Times of all lines, each round running every one of them once.
 
     Args:
         lines: by name; each has run once already.
-        rounds: how many; fewer, but at least 5 (or ``rounds``), where ``most_seconds`` have passed.
+        rounds: how many; fewer, but at least 5 (or ``rounds``), where ``most_seconds`` have passed, and at least 3
+            once ``time.monotonic()`` is past ``ends``.
     """
     flush = Flush(device)
     seconds: dict[str, list[float]] = {name: [] for name in lines}
     names = list(lines)
     start = time.monotonic()
     for round_ in range(rounds):
-        if round_ >= LEAST_ROUNDS and time.monotonic() - start > most_seconds:
+        now = time.monotonic()
+        if (round_ >= LEAST_ROUNDS and now - start > most_seconds) or (round_ >= ROUNDS_OF_SLOW and now > ends):
             break
         first = round_ % len(names)
         for name in names[first:] + names[:first]:

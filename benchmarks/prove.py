@@ -131,10 +131,14 @@ def _git(*arguments: str) -> str:
 
 
 def _smi(field: str) -> str:
-    done = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"], capture_output=True, text=True
-    )
-    return done.stdout.strip()
+    """Of the first GPU."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"], capture_output=True, text=True
+        )
+    except OSError:
+        return "unknown"
+    return (done.stdout.strip().splitlines() or ["unknown"])[0]
 
 
 if __name__ == "__main__":

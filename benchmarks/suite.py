@@ -142,8 +142,11 @@ def run_case(command: str, case: Case, work: Work, fields: Row, options: Namespa
         line()
     lines = {name: work.variants[name] for name in sound} | units
     clock = str(fields["clock"])
-    times = interleaved(lines, device, rounds=settings.rounds, clock=clock, most_seconds=settings.most_seconds)
-    if device.type == "cpu" and options.memory and work.memory and clock == "wall":
+    times = interleaved(
+        lines, device, rounds=settings.rounds, clock=clock, most_seconds=settings.most_seconds, ends=options.ends
+    )
+    wanted = options.memory and work.memory and time.monotonic() < options.ends
+    if wanted and device.type == "cpu" and clock == "wall":
         share = max(1, torch.get_num_threads() // settings.at_once)
         each = [(command, case, name, share) for name in sound]
         found = in_fresh_processes(peak_of, each, settings.at_once, settings.preload)

@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
 
 from benchmarks import figures, report, results  # noqa: E402
 
-FILES = sorted((ROOT / "benchmarks" / "results").glob("*/*.csv"))
+FILES = sorted(p for p in (ROOT / "benchmarks" / "results").glob("*/*.csv") if p.stem in report.COMMANDS)
 MADE_ALWAYS = ("device", "threads", "versions", "commit", "date")
 
 

@@ -17,7 +17,7 @@ from benchmarks import head, logps, overhead, peers, shapes, step, suite, tail  
 from benchmarks.measure import Line, Times, interleaved  # noqa: E402
 
 CPU = torch.device("cpu")
-OPTIONS = Namespace(device="cpu", skip=["compile", "TRL", "Liger", "cut-cross"], memory=False)
+OPTIONS = Namespace(device="cpu", skip=["compile", "TRL", "Liger", "cut-cross"], memory=False, ends=float("inf"))
 ONE_ROUND = suite.Settings(rounds=1)
 
 
@@ -123,6 +123,19 @@ def test_the_head_does_the_work_and_counts_it(work, softcap):
     rows = rows_of("head", case, made)
     assert rows["ours: torch"]["status"] == rows["eager"]["status"] == "ok"
     assert not any(row["status"].startswith(("wrong", "failed")) for row in rows.values())
+
+
+def test_one_word_shrinks_what_a_gpu_does_to_what_a_cpu_can():
+    published = {"TinyLlama-1.1B": (32000, 2048), "Llama-3-8B": (128256, 4096), "Qwen2.5-7B": (152064, 3584),
+                 "Gemma-2-9B": (256000, 3584)}  # fmt: skip
+    large, small = ([case for case in head.cases(size, None, False) if not case.curve] for size in ("gpu", "cpu"))
+    for of_gpu, of_cpu in zip(large, small, strict=True):
+        name, vocabulary, hidden, softcap = of_gpu.head
+        assert of_gpu.head == of_cpu.head or (vocabulary, hidden) == published[name]
+        assert (of_cpu.head.name, of_cpu.head.vocabulary, of_cpu.head.softcap) == (name, vocabulary, softcap)
+        assert of_cpu.batch.rows * of_cpu.head.hidden <= of_gpu.batch.rows * hidden
+        assert (softcap is not None) == name.startswith("Gemma")
+    assert {case.head.name for case in large} >= set(published)
 
 
 @pytest.mark.parametrize("work", [tail.TAIL, tail.LOSS])
