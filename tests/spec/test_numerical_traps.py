@@ -10,10 +10,10 @@ import mmap
 
 import pytest
 import torch
+from drawn_cases import BACKENDS
 
 from grpo_kernels import (
     GroupWeights,
-    backends,
     fused_grpo_loss,
     fused_linear_grpo_loss,
     linear_plan,
@@ -24,14 +24,17 @@ from grpo_kernels import (
     token_logps,
 )
 
-HERE = [name for name in ("torch", "cpu") if backends()[name] is None]
+HERE = [name for name in BACKENDS if name != "auto"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 BUDGETS = [0, 3_000, 10**9]
 ONE = torch.zeros(1, dtype=torch.int64), torch.ones(1)
 """Group ids and weights of one pair."""
 
+# float64 is plain PyTorch's.
+TAKEN = [(name, dtype) for name in HERE for dtype in DTYPES if name == "torch" or dtype != torch.float64]
+
 every_backend = pytest.mark.parametrize("backend", HERE)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda x: str(x).removeprefix("torch."))
+every_dtype = pytest.mark.parametrize(("backend", "dtype"), TAKEN, ids=lambda x: str(x).removeprefix("torch."))
 every_budget = pytest.mark.parametrize("budget", BUDGETS)
 
 
@@ -42,11 +45,6 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(linear_plan, "_WORDS_MULTIPLE", 1)
 
 
-def takes(backend, dtype):
-    if backend == "cpu" and dtype == torch.float64:
-        pytest.skip("float64 is plain PyTorch's")
-
-
 def leaf(x):
     return x.detach().clone().requires_grad_()
 
@@ -54,11 +52,9 @@ def leaf(x):
 # ---- words that cannot be
 
 
-@every_backend
 @every_dtype
 @pytest.mark.parametrize("words", [1, 2, 50, 2000])
 def test_a_word_that_is_alone_possible_is_certain_and_has_no_gradient(backend, dtype, words):
-    takes(backend, dtype)
     z = torch.full((2, 3, words), -torch.inf, dtype=dtype)
     z[..., words // 2] = 3.0
     z.requires_grad_()
@@ -69,12 +65,10 @@ def test_a_word_that_is_alone_possible_is_certain_and_has_no_gradient(backend, d
     assert not z.grad.any()
 
 
-@every_backend
 @every_dtype
 @every_budget
 def test_a_word_that_is_alone_possible_through_the_head(backend, dtype, budget, small_tiles):
     """Padding words of a vocabulary are masked by a bias of -inf."""
-    takes(backend, dtype)
     hidden, weight = leaf(torch.randn(2, 3, 4).to(dtype)), leaf(torch.randn(50, 4).to(dtype))
     bias = torch.full((50,), -torch.inf, dtype=dtype)
     bias[33] = 0
@@ -87,11 +81,9 @@ def test_a_word_that_is_alone_possible_through_the_head(backend, dtype, budget, 
     assert not any(x.grad.any() for x in (hidden, weight, bias))
 
 
-@every_backend
 @every_dtype
 @every_budget
 def test_masked_words_have_no_probability_and_no_gradient_through_the_head(backend, dtype, budget, small_tiles):
-    takes(backend, dtype)
     hidden, weight, labels = torch.randn(2, 3, 4).to(dtype), torch.randn(50, 4).to(dtype), torch.randint(0, 40, (2, 3))
     bias = torch.zeros(50, dtype=dtype)
     bias[40:] = -torch.inf
@@ -352,12 +344,10 @@ LOSS_AT_ZERO = [
 ]
 
 
-@every_backend
 @every_dtype
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(("loss_type", "smoothing", "value"), LOSS_AT_ZERO)
 def test_one_pair_of_a_policy_that_is_its_reference(backend, dtype, normalize, loss_type, smoothing, value):
-    takes(backend, dtype)
     z, labels = leaf((3 * torch.randn(2, 300, 40)).to(dtype)), torch.randint(0, 40, (2, 300))
     ref = sequence_logps(z, labels, backend=backend).detach()
     out = fused_grpo_loss(
@@ -372,13 +362,11 @@ def test_one_pair_of_a_policy_that_is_its_reference(backend, dtype, normalize, l
     assert z.grad.isfinite().all()
 
 
-@every_backend
 @every_dtype
 @pytest.mark.parametrize("learns", [False, True], ids=["frozen", "learns"])
 @pytest.mark.parametrize("budget", [0, 10**9])
 def test_one_pair_of_a_policy_that_is_its_reference_through_the_head(backend, dtype, learns, budget):
     """The same bits where the same words are in a tile: with nothing kept for backward, or everything."""
-    takes(backend, dtype)
     hidden, weight = (torch.randn(2, 300, 16)).to(dtype), torch.randn(3000, 16).to(dtype)
     labels = torch.randint(0, 3000, (2, 300))
     with torch.no_grad():
