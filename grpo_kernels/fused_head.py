@@ -221,6 +221,7 @@ def attach_fused_head(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {describe(model)}")
+    _check_example(example)
     model = _unwrapped(model)
     inner = _without_adapters(model)
     heads = _linear_heads(inner)
@@ -247,6 +248,16 @@ def attach_fused_head(
         fused.remove()
         raise
     return fused
+
+
+def _check_example(example: Any) -> None:
+    if example is None:
+        return
+    if not isinstance(example, Mapping):
+        raise TypeError(f"example must be a mapping of keyword arguments or None, got {describe(example)}")
+    ids = example.get("input_ids")
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.shape[0] != 1:
+        raise ValueError(f"example must hold input_ids of shape (1, T), got {describe(ids)}")
 
 
 def _check_options(options: dict[str, Any], head: Any) -> None:

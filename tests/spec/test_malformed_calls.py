@@ -251,6 +251,76 @@ def test_the_result_has_the_dtype_of_log_alpha_whatever_the_rate_is():
     assert step.dtype == torch.float32
 
 
+# ---- a model's own call
+
+
+class Tiny(torch.nn.Module):
+    """The least that a causal language model is."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = torch.nn.Embedding(13, 5), torch.nn.Linear(5, 13)
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, use_cache=False, labels=None):
+        return self.head(self.table(input_ids))
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "error"),
+    [
+        ("model", None, TypeError),
+        ("model", "gpt2", TypeError),
+        ("model", torch.nn.Linear(5, 13), ValueError),
+        ("model", Tiny().to("meta"), ValueError),
+        ("ignore_index", None, TypeError),
+        ("ignore_index", 2**63, ValueError),
+        ("memory_budget", "all", ValueError),
+        ("memory_budget", -1, ValueError),
+        ("memory_budget", None, TypeError),
+        ("backend", "fast", ValueError),
+        ("backend", ["cpu"], ValueError),
+        ("example", [1, 2], TypeError),
+        ("example", {}, ValueError),
+        ("example", {"input_ids": [1, 2]}, ValueError),
+        ("example", {"input_ids": torch.zeros(2, dtype=torch.int64)}, ValueError),
+        ("example", {"input_ids": torch.zeros(2, 3, dtype=torch.int64)}, ValueError),
+    ],
+)
+def test_a_head_that_cannot_be_attached_says_why_and_leaves_no_hook(argument, value, error):
+    model = Tiny()
+    with pytest.raises(error, match="LM head" if isinstance(value, torch.nn.Linear) else argument):
+        gk.attach_fused_head(**{"model": model, argument: value})
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        None,
+        [[1, 2, 3]],
+        torch.zeros(3, dtype=torch.int64),
+        torch.zeros(2, 4, dtype=torch.int64),
+        torch.zeros(2, 3),
+        torch.full((2, 3), 13),
+        torch.zeros(2, 3, dtype=torch.int64).to_sparse(),
+    ],
+)
+def test_a_call_with_bad_labels_says_so_and_leaves_the_model_as_it_was(labels):
+    model, ids = Tiny(), torch.randint(0, 13, (2, 3))
+    plain = model(ids)
+    with gk.attach_fused_head(model):
+        with pytest.raises((TypeError, ValueError), match="labels"):
+            model(ids, fused_labels=labels)
+        with pytest.raises(ValueError, match="labels must not be given with fused_labels"):
+            model(ids, fused_labels=ids, labels=ids)
+        assert torch.equal(model(ids), plain)
+        expected = gk.token_logps(plain, ids)
+        torch.testing.assert_close(model(ids, fused_labels=ids).token_logps, expected)
+
+
 # ---- anything, anywhere
 
 ANYTHING = [
