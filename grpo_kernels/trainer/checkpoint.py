@@ -80,14 +80,21 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> P
     finally:
         if temporary.exists():
             remove(temporary)
-    # What is newer is damaged, for the run went on from before it; it does not count, and is replaced when reached.
-    older = [path for path in sorted_checkpoints(folder) if _step(path) < checkpoint.step]
+    forget_older(folder, checkpoint.step, keep=keep)
+    return target
+
+
+def forget_older(folder: Path, step: int, *, keep: int) -> None:
+    """Remove all checkpoints before that of ``step`` but the last ``keep - 1``.
+
+    What is newer is damaged, for the run went on from before it; it does not count, and is replaced when reached.
+    """
+    older = [path for path in sorted_checkpoints(folder) if _step(path) < step]
     for old in older[: max(len(older) - keep + 1, 0)]:
         # Renamed first: a process that dies within the removal must not leave half a checkpoint under a good name.
         gone = old.with_name(f".{old.name}.tmp")
         os.rename(old, gone)
         remove(gone)
-    return target
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
@@ -121,16 +128,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
     parts: dict[str, Tensors] = {}
     for name, expected in body["files"].items():
         # One reading for the sum and the tensors: what is used is what was checked.
-        file = path / Path(name).name
-        try:
-            size = file.stat().st_size
-            if size != expected["bytes"] or not file.is_file():  # a pipe would be waited for
-                raise CheckpointError(
-                    f"checkpoint {path} is damaged: {name} has {size} bytes, {expected['bytes']} were written"
-                )
-            data = file.read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"checkpoint {path} is damaged: {name}: {error.strerror}") from error
+        data = _read(path / Path(name).name, path)
+        if len(data) != expected["bytes"]:
+            raise CheckpointError(
+                f"checkpoint {path} is damaged: {name} has {len(data)} bytes, {expected['bytes']} were written"
+            )
         if hashlib.sha256(data).hexdigest() != expected["sha256"]:
             raise CheckpointError(f"checkpoint {path} is damaged: {name} does not have the SHA-256 it was written with")
         try:
@@ -147,13 +149,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
         CheckpointError: it is missing, broken, changed, or of another format.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        manifest = json.loads(_read(path / MANIFEST, path))
         body, expected = manifest["body"], manifest["sha256"]
         found = _sha256_of(body)
         sizes = [file["bytes"] + len(file["sha256"]) + len(name) for name, file in body["files"].items()]
         body["step"] + sum(sizes), body["scalars"].keys()
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST} is not what was written: {error}") from error
     if found != expected:
@@ -161,6 +161,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if body.get("format") != FORMAT:
         raise CheckpointError(f"checkpoint {path} has format {body.get('format')!r}, this version reads {FORMAT}")
     return body
+
+
+def _read(file: Path, checkpoint: Path) -> bytes:
+    try:
+        if file.exists() and not file.is_file():  # a pipe would be waited for
+            raise CheckpointError(f"checkpoint {checkpoint} is damaged: {file.name} is no file")
+        return file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {checkpoint} is damaged: {file.name}: {error.strerror}") from error
 
 
 def sorted_checkpoints(folder: Path) -> list[Path]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .. import GroupLossOutput
-from .checkpoint import clear_unfinished, load_latest, save_checkpoint, sorted_checkpoints
+from .checkpoint import clear_unfinished, forget_older, load_latest, save_checkpoint, sorted_checkpoints
 from .config import TrainConfig
 from .data import PairDataset, PreferenceCollator
 from .distributed import Policy, Ranks, local_part, open_ranks
@@ -138,6 +138,7 @@ class _Job:
                 checkpoint = load_latest(folder) if config.resume else None
                 if checkpoint is not None:
                     check_resumable(config, checkpoint, self.train_set, self.test_set)
+                    forget_older(folder, checkpoint.step, keep=config.keep_checkpoints)
                 elif config.resume:
                     _say(config, f"no checkpoint in {self.directory}: starting at the beginning")
                 save_config(config, self.directory)

@@ -72,7 +72,8 @@ class Metrics:
     def close(self) -> None:
         """Close the file and TensorBoard's."""
         if self._file is not None:
-            self._file.close()
+            with naming(self._path):  # what could not be written is tried again
+                self._file.close()
         with self._without_board_if_it_fails():
             if self._board is not None:
                 self._board.close()
