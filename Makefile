@@ -82,5 +82,5 @@ $(VENV)/.dev: $(VENV)/.torch $(SOURCES)
 
 $(VENV)/.bench: $(VENV)/.torch $(SOURCES)
 	@echo "installing grpo_kernels, with the trainer and what it is compared with"
-	$(PIP) install -c constraints.txt -e ".[train,bench]"
+	$(PIP) install -c constraints.txt -e ".[bench]"
 	@touch $@
