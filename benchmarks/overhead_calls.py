@@ -55,6 +55,7 @@ class Inputs:
             torch.zeros(n, device=DEVICE) for n in (sequences, PAIRS, sequences, PAIRS, PAIRS, GROUPS)
         )
         self.tail_out = [policy, None, margins, rewards, losses, slopes, sums, counts, means]
+        self.pair_weights, self.robust = torch.zeros(PAIRS, device=DEVICE), torch.zeros((), device=DEVICE)
 
     def kernels(self, *, backward: bool = False) -> None:
         self.vocabulary()
@@ -72,6 +73,7 @@ class Inputs:
             self.logps, None, None, self.ref64, self.group_ids, None, *self.tail_out,
             loss_type=0, beta=0.1, label_smoothing=0.0, length_normalize=False, ignore_index=-100,
         )  # fmt: skip
+        self.backend.robust_loss(self.tail_out[4], self.group_ids, self.weights, self.pair_weights, self.robust)
 
     def loss(self, group_weights, *, grad: bool = True, backward: bool = False) -> None:
         logits = self.logits.detach().requires_grad_(grad)

@@ -120,6 +120,12 @@ void tail(bool float64, int64_t rows, int64_t pairs, int64_t groups, Address tok
                    threads});
 }
 
+void robust(bool float64, int64_t pairs, int64_t groups, Address losses, Address group_ids, Address group_weights,
+            Address weights, Address loss) {
+  robust_loss({float64, pairs, groups, at<void>(losses), at<int64_t>(group_ids), at<void>(group_weights),
+               at<void>(weights), at<void>(loss)});
+}
+
 // Of int64, or of int32 where narrow.
 std::pair<int64_t, int64_t> range(bool narrow, Address x, int64_t n, int64_t ignored) {
   return narrow ? integer_range(at<int32_t>(x), n, ignored) : integer_range(at<int64_t>(x), n, ignored);
@@ -133,6 +139,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("token_logps_fwd", token_logps_fwd, unlocked);
   m.def("token_logps_bwd", token_logps_bwd, unlocked);
   m.def("preference_tail", tail, unlocked);
+  m.def("robust_loss", robust, unlocked);
   m.def("integer_range", range, unlocked);
   m.def("head_tile_fwd", head_tile_fwd, unlocked);
   m.def("head_tile_bwd", head_tile_bwd, unlocked);

@@ -135,6 +135,13 @@ void tail(bool float64, int64_t rows, int64_t pairs, int64_t groups, Address tok
                   stream_of(device, stream));
 }
 
+void robust(bool float64, int64_t pairs, int64_t groups, Address losses, Address group_ids, Address group_weights,
+            Address weights, Address loss, int device, Address stream) {
+  robust_loss({float64, pairs, groups, at<void>(losses), at<int64_t>(group_ids), at<void>(group_weights),
+               at<void>(weights), at<void>(loss)},
+              stream_of(device, stream));
+}
+
 // Raises what the runtime has to say, for example that the driver is older than it needs.
 int device_count() {
   int count = 0;
@@ -151,6 +158,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("token_logps_fwd", fwd, unlocked);
   m.def("token_logps_bwd", bwd, unlocked);
   m.def("preference_tail", tail, unlocked);
+  m.def("robust_loss", robust, unlocked);
   m.def("head_tile_fwd", tile_fwd, unlocked);
   m.def("head_tile_bwd", tile_bwd, unlocked);
   m.def("device_count", device_count, unlocked);

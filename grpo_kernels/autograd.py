@@ -62,10 +62,10 @@ class TokenLogps(torch.autograd.Function):
 class Weighted(NamedTuple):
     """What the tail and the alpha step have made of token log-probabilities: what a loss and its gradient need."""
 
+    loss: torch.Tensor
+    """() ``(1/B) sum_i w_i l_i``."""
     policy_logps: torch.Tensor
     """(2B,) sums over tokens."""
-    losses: torch.Tensor
-    """(B,) l_i."""
     weights: torch.Tensor
     """(B,) w of each pair's group."""
     slopes: torch.Tensor
@@ -73,11 +73,6 @@ class Weighted(NamedTuple):
     lengths: torch.Tensor | None
     """(2B,) float64, where it normalises."""
     cu_seqlens: torch.Tensor | None
-
-    def loss(self) -> torch.Tensor:
-        """``(1/B) sum_i w_i l_i``; of no pairs 0, and not NaN."""
-        weighted = self.losses * self.weights
-        return weighted.mean() if weighted.shape[0] else weighted.sum()
 
 
 class PreferenceLoss(torch.autograd.Function):
@@ -94,7 +89,7 @@ class PreferenceLoss(torch.autograd.Function):
         ctx.rows = token_logps.shape[0]
         ctx.set_materialize_grads(False)
         # Detached, because an input that is handed back would be taken for a view.
-        return pairs.loss(), pairs.policy_logps.detach()
+        return pairs.loss.detach(), pairs.policy_logps.detach()
 
     @staticmethod
     @_differentiable_once
@@ -118,7 +113,7 @@ class FusedLoss(torch.autograd.Function):
         ctx.save_for_backward(logits, *rows, *pairs[2:])
         ctx.options = options
         ctx.set_materialize_grads(False)
-        return pairs.loss(), pairs.policy_logps.detach()
+        return pairs.loss.detach(), pairs.policy_logps.detach()
 
     @staticmethod
     @_differentiable_once
@@ -230,8 +225,8 @@ def logps_and_lse(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(rows,) log-probability of each row's target and (rows,) logsumexp, outside of autograd."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    logps = torch.empty(targets.shape, dtype=dtype, device=logits.device)
-    lse = torch.empty_like(logps)
+    rows = targets.shape[0]
+    logps, lse = logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype)
     backend.token_logps_fwd(_rows(logits), targets, logps, lse, ignore_index=ignore_index)
     return logps, lse
 

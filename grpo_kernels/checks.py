@@ -211,7 +211,7 @@ def check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
 
 def values_are_readable(tensor: torch.Tensor) -> bool:
     """Whether looking at values costs no wait for a device and breaks no graph."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.is_cpu and not torch.compiler.is_compiling()
 
 
 def _range(integers: torch.Tensor, ignored: int = 0) -> tuple[int, int]:

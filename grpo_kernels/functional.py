@@ -28,7 +28,6 @@ from .checks import (
     check_sums,
     describe,
     is_dense,
-    values_are_readable,
 )
 from .group_weights import GroupWeights
 from .ops import pick
@@ -280,15 +279,15 @@ class _Pairs:
             )
         self = cls()
         check_group_ids(group_ids, num_sequences // 2, num_groups, device)
-        self.group_ids = group_ids.long().contiguous()
+        self.group_ids = _gapless(group_ids, torch.int64)
         self.group_weights = group_weights
         self.ref_logps = self.pair_weights = None
         if ref_logps is not None:
             check_sums("ref_logps", ref_logps, (num_sequences,), device)
-            self.ref_logps = ref_logps.double().contiguous()
+            self.ref_logps = _gapless(ref_logps, torch.float64)
         if pair_weights is not None:
             check_sums("pair_weights", pair_weights, (num_sequences // 2,), device)
-            self.pair_weights = pair_weights.double().contiguous()
+            self.pair_weights = _gapless(pair_weights, torch.float64)
         return self
 
 
@@ -327,15 +326,20 @@ def _checked_targets(
     check_ignore_index(ignore_index)
     if vocabulary is not None:
         check_labels_in_range(labels, vocabulary, ignore_index)
-    labels = labels.long()
+    labels = _gapless(labels, torch.int64)
     if not shift or not labels.numel():
-        return labels.reshape(-1).contiguous()  # every second column of a matrix is a vector with a stride of 2
+        return labels.view(-1)
     if cu_seqlens is None:  # the first column goes, and one that predicts nothing comes behind the last
         return torch.constant_pad_nd(labels, (-1, 1), ignore_index).view(-1)
     targets = labels.roll(-1)
     # An empty sequence at the front makes -1 of this, the last row of all, which predicts nothing either.
     targets[cu_seqlens[1:].long() - 1] = ignore_index
     return targets
+
+
+def _gapless(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in this dtype and contiguous; itself where it is, which is quicker to see than to ask PyTorch for."""
+    return tensor if tensor.dtype is dtype and tensor.is_contiguous() else tensor.to(dtype).contiguous()
 
 
 def _last_stride_1(logits: torch.Tensor) -> torch.Tensor:
@@ -372,7 +376,8 @@ def _weighted(
     is_module, num_pairs = isinstance(group_weights, GroupWeights), group_ids.shape[0]
     num_groups = group_weights.num_groups if is_module else group_weights.shape[0]
     policy_logps, rewards = token_rows.new_empty(2 * num_pairs), token_rows.new_empty(2 * num_pairs)
-    margins, losses, slopes = (token_rows.new_empty(num_pairs) for _ in range(3))
+    margins, losses = token_rows.new_empty(num_pairs), token_rows.new_empty(num_pairs)
+    slopes = token_rows.new_empty(num_pairs)
     group_sums = token_rows.new_empty(num_groups, dtype=torch.float64)
     group_counts = token_rows.new_empty(num_groups, dtype=torch.int64)
     group_losses = token_rows.new_empty(num_groups)
@@ -380,7 +385,8 @@ def _weighted(
         targets = lengths = None  # nobody asks how long a sequence is
     elif lengths is None:
         lengths = token_rows.new_empty(2 * num_pairs, dtype=torch.float64)
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    if cu_seqlens is not None:
+        cu_seqlens = _gapless(cu_seqlens, torch.int32)
     backend.preference_tail(
         token_rows, targets, cu_seqlens, pairs.ref_logps, group_ids, pairs.pair_weights,
         policy_logps, lengths, margins, rewards, losses, slopes, group_sums, group_counts, group_losses, **settings,
@@ -393,26 +399,15 @@ def _weighted(
         alpha = group_weights.weights
         weights, used = (alpha / group_weights.sampling_probs).to(dtype), alpha.to(dtype)
     else:
-        weights = used = group_weights.detach().to(dtype)
-    if not values_are_readable(group_ids):
-        # An id out of range has made its loss NaN already; here it must only not read astray.
-        group_ids = group_ids.clamp(0, num_groups - 1)
+        weights = used = _gapless(group_weights.detach(), dtype)
+    pair_weights, loss = token_rows.new_empty(num_pairs), token_rows.new_empty(())
+    backend.robust_loss(losses, group_ids, weights, pair_weights, loss)
 
     def output(loss: torch.Tensor, policy_logps: torch.Tensor) -> GroupLossOutput:
-        return GroupLossOutput(
-            loss,
-            losses,
-            margins,
-            rewards[:num_pairs],
-            rewards[num_pairs:],
-            policy_logps,
-            group_losses,
-            group_counts,
-            used,
-        )
+        chosen, rejected = rewards.chunk(2)
+        return GroupLossOutput(loss, losses, margins, chosen, rejected, policy_logps, group_losses, group_counts, used)
 
-    pair_weights = weights.index_select(0, group_ids)
-    return Weighted(policy_logps, losses, pair_weights, slopes, lengths, cu_seqlens), output
+    return Weighted(loss, policy_logps, pair_weights, slopes, lengths, cu_seqlens), output
 
 
 def _refuse_recomputation() -> None:

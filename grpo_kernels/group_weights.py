@@ -66,10 +66,11 @@ def exponentiated_step(
     """
     check_step(log_alpha, group_losses, group_lr, adjustment)
     rate, extra = (x if isinstance(x, torch.Tensor) else float(x) for x in (group_lr, adjustment))
-    ascent = group_losses.to(log_alpha.dtype)
+    ascent = group_losses if group_losses.dtype is log_alpha.dtype else group_losses.to(log_alpha.dtype)
     if isinstance(extra, torch.Tensor) or extra:
         ascent = ascent + extra
-    return (log_alpha + rate * ascent).log_softmax(dim=-1).to(log_alpha.dtype)
+    moved = (log_alpha + rate * ascent).log_softmax(dim=-1)
+    return moved if moved.dtype is log_alpha.dtype else moved.to(log_alpha.dtype)
 
 
 class GroupWeights(nn.Module):

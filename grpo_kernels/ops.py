@@ -82,7 +82,14 @@ def _preference_tail(
     )  # fmt: skip
 
 
-for _op in (_token_logps_fwd, _token_logps_bwd, _preference_tail):
+@torch.library.custom_op("grpo_kernels::robust_loss", mutates_args=("weights", "loss"))
+def _robust_loss(
+    losses: Tensor, group_ids: Tensor, group_weights: Tensor, weights: Tensor, loss: Tensor, backend: str
+) -> None:
+    choose(backend, losses.device, losses.dtype).robust_loss(losses, group_ids, group_weights, weights, loss)
+
+
+for _op in (_token_logps_fwd, _token_logps_bwd, _preference_tail, _robust_loss):
     _op.register_fake(lambda *args, **kwargs: None)
 
 
@@ -108,6 +115,9 @@ class OperatorBackend:
         torch.ops.grpo_kernels.preference_tail(
             *tensors, loss_type, beta, label_smoothing, length_normalize, ignore_index, self.name
         )
+
+    def robust_loss(self, *tensors) -> None:
+        torch.ops.grpo_kernels.robust_loss(*tensors, self.name)
 
 
 def pick(name: str, device: torch.device, dtype: torch.dtype) -> Backend:

@@ -134,6 +134,9 @@ class ShardedBackend:
     def preference_tail(self, *tensors, **settings) -> None:
         self._backend.preference_tail(*tensors, **settings)
 
+    def robust_loss(self, *tensors) -> None:
+        self._backend.robust_loss(*tensors)
+
     def token_logps_fwd(self, logits, targets, logps, lse, *, ignore_index) -> None:
         words, ignored = logits.shape[-1], targets == ignore_index
         if words:

@@ -108,7 +108,23 @@ void tail(const TailArgs& args) {
   }
 }
 
+template <class T>
+void robust(const RobustLossArgs& args) {
+  const T* losses = static_cast<const T*>(args.losses);
+  const T* group_weights = static_cast<const T*>(args.group_weights);
+  T* weights = static_cast<T*>(args.weights);
+  double sum = 0;
+  for (int64_t i = 0; i < args.pairs; ++i) {
+    const int64_t id = args.group_ids[i];
+    weights[i] = group_weights[id < 0 || id >= args.groups ? 0 : id];
+    sum += static_cast<double>(weights[i]) * losses[i];
+  }
+  *static_cast<T*>(args.loss) = static_cast<T>(sum / static_cast<double>(args.pairs < 1 ? 1 : args.pairs));
+}
+
 }  // namespace
+
+void robust_loss(const RobustLossArgs& args) { args.float64 ? robust<double>(args) : robust<float>(args); }
 
 void preference_tail(const TailArgs& args) { args.float64 ? tail<double>(args) : tail<float>(args); }
 

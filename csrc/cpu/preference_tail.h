@@ -38,6 +38,19 @@ struct TailArgs {
   int threads;
 };
 
+// weights[i] = group_weights[group_ids[i]],  loss = (1/B) sum_i weights[i] losses[i]: summed in float64, in a fixed order.
+// An id that is no group's has a loss of NaN already, and takes any weight.
+struct RobustLossArgs {
+  bool float64;  // of whatever is void*; float32 otherwise
+  int64_t pairs, groups;
+  const void* losses;
+  const int64_t* group_ids;
+  const void* group_weights;
+  void* weights;
+  void* loss;
+};
+
 void preference_tail(const TailArgs& args);
+void robust_loss(const RobustLossArgs& args);
 
 }  // namespace grpo_kernels

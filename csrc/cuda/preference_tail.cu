@@ -122,7 +122,37 @@ __global__ void __launch_bounds__(kThreads) preference_tail_kernel(TailArgs args
   }
 }
 
+// One block: each thread adds up every kThreads-th pair, then warps and the block, in a fixed order.
+template <class T>
+__global__ void __launch_bounds__(kThreads) robust_loss_kernel(RobustLossArgs args) {
+  __shared__ double of_warp[kWarps];
+  const T* losses = static_cast<const T*>(args.losses);
+  const T* group_weights = static_cast<const T*>(args.group_weights);
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < args.pairs; i += kThreads) {
+    const int64_t id = args.group_ids[i];
+    const T weight = group_weights[id < 0 || id >= args.groups ? 0 : id];
+    static_cast<T*>(args.weights)[i] = weight;
+    sum += static_cast<double>(weight) * losses[i];
+  }
+  sum = warp_sum(sum);
+  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = sum;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  double total = 0;
+  for (int i = 0; i < kWarps; ++i) total += of_warp[i];
+  *static_cast<T*>(args.loss) = static_cast<T>(total / static_cast<double>(max(args.pairs, int64_t{1})));
+}
+
 }  // namespace
+
+void robust_loss(const RobustLossArgs& args, cudaStream_t stream) {
+  if (args.float64)
+    robust_loss_kernel<double><<<1, kThreads, 0, stream>>>(args);
+  else
+    robust_loss_kernel<float><<<1, kThreads, 0, stream>>>(args);
+  check(cudaGetLastError(), "robust_loss");
+}
 
 void preference_tail(const TailArgs& args, cudaStream_t stream) {
   // A block for every group up to a full GPU; one even without groups, for the pairs that are in none.

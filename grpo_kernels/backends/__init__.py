@@ -54,6 +54,16 @@ length_normalize, ignore_index)``
 
     With ``length_normalize`` policy and reference are divided by ``max(length, 1)`` before the margin.
 
+``robust_loss(losses, group_ids, group_weights, weights, loss)``
+    What the alpha step stands before: ``weights[i] = group_weights[group_ids[i]]`` and
+    ``loss = (1/B) sum_i weights[i] losses[i]``, summed in float64 and rounded once; 0 where there are no pairs.
+
+    - losses       (B,) float32 or float64, as the tail wrote them
+    - group_ids    (B,) int64; one outside [0, G) has a loss of NaN, and takes any weight
+    - group_weights (G,) dtype of losses
+    - weights      (B,) out, dtype of losses
+    - loss         () out, dtype of losses
+
 ``head_tile_fwd(logits, bias, targets, top, rest, picked, factor, exps, *, start, softcap, logit_scale, shift)``
     One tile of the LM head (``linear_head``), words ``[start, start + words)`` of the vocabulary, just out of the
     GEMM.  With ``z = softcap * tanh(logit_scale * (logits + bias) / softcap)``, or without a cap, and over the words v
@@ -118,6 +128,8 @@ class Backend(Protocol):
         policy_logps, lengths, margins, rewards, losses, slopes, group_sums, group_counts, group_losses,
         *, loss_type, beta, label_smoothing, length_normalize, ignore_index,
     ) -> None: ...  # fmt: skip
+
+    def robust_loss(self, losses, group_ids, group_weights, weights, loss) -> None: ...
 
     def head_tile_fwd(
         self, logits, bias, targets, top, rest, picked, factor, exps, *, start, softcap, logit_scale, shift

@@ -112,6 +112,28 @@ def tail_arguments(
     )  # fmt: skip
 
 
+def robust_loss_arguments(
+    device: torch.device,
+    losses: torch.Tensor,
+    group_ids: torch.Tensor,
+    group_weights: torch.Tensor,
+    weights: torch.Tensor,
+    loss: torch.Tensor,
+) -> tuple:
+    """The arguments of ``robust_loss``."""
+    pairs, groups, dtype = losses.numel(), group_weights.numel(), losses.dtype
+    if dtype is not torch.float32 and dtype is not torch.float64:
+        raise TypeError(f"losses must be float32 or float64, got {dtype}")
+    if not groups:
+        raise ValueError("group_weights must hold at least one weight")
+    return (
+        dtype is torch.float64, pairs, groups, _vector("losses", losses, pairs, dtype, device),
+        _vector("group_ids", group_ids, pairs, torch.int64, device),
+        _vector("group_weights", group_weights, groups, dtype, device),
+        _vector("weights", weights, pairs, dtype, device), _vector("loss", loss, 1, dtype, device),
+    )  # fmt: skip
+
+
 def tile_fwd_arguments(
     device: torch.device,
     logits: torch.Tensor,

@@ -16,6 +16,7 @@ from ._native import (
     DTYPES,
     backward_arguments,
     forward_arguments,
+    robust_loss_arguments,
     tail_arguments,
     tile_bwd_arguments,
     tile_fwd_arguments,
@@ -134,9 +135,21 @@ def preference_tail(
     _cpu.preference_tail(*arguments, *options, _threads())
 
 
+def robust_loss(
+    losses: torch.Tensor,
+    group_ids: torch.Tensor,
+    group_weights: torch.Tensor,
+    weights: torch.Tensor,
+    loss: torch.Tensor,
+) -> None:
+    """``loss = (1/B) sum_i w[g_i] l_i``; see ``backends.__doc__``."""
+    _cpu.robust_loss(*robust_loss_arguments(_CPU, losses, group_ids, group_weights, weights, loss))
+
+
 def integer_range(integers: torch.Tensor, ignored: int) -> tuple[int, int]:
     """Smallest and largest of 0 and the integers that are not ignored; see ``backends.__doc__``."""
-    integers = integers.contiguous()
+    if not integers.is_contiguous():
+        integers = integers.contiguous()
     if integers.dtype not in (torch.int64, torch.int32) or not integers.is_cpu:
         raise TypeError(f"integers must be int64 or int32 on cpu, got {integers.dtype} on {integers.device}")
     return _cpu.integer_range(integers.dtype is torch.int32, integers.data_ptr(), integers.numel(), ignored)

@@ -14,6 +14,7 @@ from ._native import (
     DTYPES,
     backward_arguments,
     forward_arguments,
+    robust_loss_arguments,
     tail_arguments,
     tile_bwd_arguments,
     tile_fwd_arguments,
@@ -107,6 +108,18 @@ def preference_tail(
     )  # fmt: skip
     options = (loss_type, beta, label_smoothing, length_normalize, ignore_index)
     _launch(_cuda.preference_tail, device, *arguments, *options)
+
+
+def robust_loss(
+    losses: torch.Tensor,
+    group_ids: torch.Tensor,
+    group_weights: torch.Tensor,
+    weights: torch.Tensor,
+    loss: torch.Tensor,
+) -> None:
+    """``loss = (1/B) sum_i w[g_i] l_i``; see ``backends.__doc__``."""
+    device = _gpu_of(losses)
+    _launch(_cuda.robust_loss, device, *robust_loss_arguments(device, losses, group_ids, group_weights, weights, loss))
 
 
 def head_tile_fwd(

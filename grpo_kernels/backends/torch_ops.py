@@ -114,6 +114,18 @@ def preference_tail(
     group_losses.copy_(group_sums / group_counts.clamp(min=1))
 
 
+def robust_loss(
+    losses: torch.Tensor,
+    group_ids: torch.Tensor,
+    group_weights: torch.Tensor,
+    weights: torch.Tensor,
+    loss: torch.Tensor,
+) -> None:
+    """``loss = (1/B) sum_i w[g_i] l_i``; see ``backends.__doc__``."""
+    torch.index_select(group_weights, 0, group_ids.clamp(0, group_weights.shape[0] - 1), out=weights)
+    loss.copy_((weights.double() * losses.double()).sum() / max(losses.shape[0], 1))
+
+
 def integer_range(integers: torch.Tensor, ignored: int) -> tuple[int, int]:
     """Smallest and largest of 0 and the integers that are not ignored; see ``backends.__doc__``."""
     if not integers.numel():

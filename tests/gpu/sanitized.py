@@ -50,6 +50,10 @@ def tail(module, pairs: int, groups: int, length: int) -> None:
         )  # fmt: skip
     if int(outputs[-2].cpu().sum()) != pairs:
         raise SystemExit("group counts do not add up to the pairs")
+    group_weights, loss = torch.ones(groups).cuda(), torch.zeros(()).cuda()
+    module.robust_loss(outputs[4], ids, group_weights, torch.zeros(pairs).cuda(), loss)
+    if not abs(loss.cpu().item() - outputs[4].cpu().mean().item()) < 1e-5:
+        raise SystemExit("with weights of one the robust loss is not the mean")
 
 
 def tile(module, dtype: torch.dtype, wide: bool, words: int, first: int, softcap: float) -> None:

@@ -18,7 +18,8 @@ import grpo_kernels
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 WHEEL_ARCHS = (80, 86, 89, 90, 100, 120)
-KERNELS = 3 + 3 + 2 + 5 + 5  # forward and backward in three dtypes, the tail in two, tiles in five pairs of dtypes
+KERNELS = 3 + 3 + 2 + 2 + 5 + 5
+"""Forward and backward in three dtypes, the tail and the robust loss in two, both tiles in five pairs of dtypes."""
 
 needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a source tree")
 needs_cxx = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler")

@@ -161,6 +161,41 @@ def test_pairs_outside_every_group_are_nan_and_not_summed(place):
     assert got["group_counts"].sum() == 6
 
 
+def run_robust_loss(place, losses, group_ids, group_weights):
+    weights, loss = torch.full_like(losses, torch.nan), losses.new_full((), torch.nan)
+    tensors = [x.to(place.device) for x in (losses, group_ids, group_weights, weights, loss)]
+    place.module.robust_loss(*tensors)
+    return tensors[3].cpu(), tensors[4].cpu()
+
+
+@pytest.mark.parametrize(("pairs", "groups"), [(1, 1), (7, 3), (300, 2), (1300, 10000)])
+@float_dtypes
+@every_place
+def test_robust_loss_is_the_weighted_mean(place, dtype, pairs, groups):
+    losses, group_ids = torch.rand(pairs, dtype=dtype), torch.randint(0, groups, (pairs,))
+    group_weights = torch.rand(groups, dtype=dtype)
+    weights, loss = run_robust_loss(place, losses, group_ids, group_weights)
+    assert torch.equal(weights, group_weights[group_ids])
+    exact = (weights.double() * losses.double()).mean()
+    torch.testing.assert_close(loss.double(), exact, rtol=EPSILON / 4 if dtype is torch.float32 else 2.0**-44, atol=0)
+    for again in range(3):
+        assert torch.equal(run_robust_loss(place, losses, group_ids, group_weights)[1], loss), again
+
+
+@every_place
+def test_robust_loss_of_pairs_outside_every_group_is_nan_and_reads_nothing_astray(place):
+    losses, group_ids = torch.tensor([0.5, torch.nan, torch.nan]), torch.tensor([1, -(2**40), 2**40])
+    _, loss = run_robust_loss(place, losses, group_ids, torch.ones(2))
+    assert loss.isnan()
+
+
+@every_place
+def test_robust_loss_of_no_pairs_is_zero(place):
+    weights, loss = run_robust_loss(place, torch.empty(0), torch.empty(0, dtype=torch.int64), torch.ones(2))
+    assert weights.shape == (0,)
+    assert loss.item() == 0
+
+
 @every_place
 def test_no_pairs(place):
     nothing = torch.empty(0)

@@ -24,7 +24,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from grpo_kernels.backends import triton as backend  # noqa: E402
 from grpo_kernels.backends.triton import table  # noqa: E402
 from grpo_kernels.backends.triton.head_tile import head_tile_bwd_kernel, head_tile_fwd_kernel  # noqa: E402
-from grpo_kernels.backends.triton.preference_tail import preference_tail_kernel  # noqa: E402
+from grpo_kernels.backends.triton.preference_tail import preference_tail_kernel, robust_loss_kernel  # noqa: E402
 from grpo_kernels.backends.triton.token_logps import token_logps_bwd_kernel, token_logps_fwd_kernel  # noqa: E402
 
 pytestmark = pytest.mark.skipif(backend.INTERPRETED, reason="TRITON_INTERPRET=1 replaces the kernels by Python")
@@ -182,6 +182,15 @@ def test_rows_of_a_large_vocabulary(dtype):
 
 def test_the_tail():
     check_tail(TARGETS["sm_90"], 512, 4, "sigmoid")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_robust_loss(target, dtype):
+    types = {"losses_ptr": "*" + dtype, "group_ids_ptr": "*i64", "group_weights_ptr": "*" + dtype,
+             "weights_ptr": "*" + dtype, "loss_ptr": "*" + dtype, "num_pairs": "i32", "num_groups": "i32"}  # fmt: skip
+    warps = 128 // TARGETS[target].warp_size
+    assert_fits(compile_kernel(robust_loss_kernel, types, {"BLOCK": table.ROBUST_LOSS_BLOCK}, TARGETS[target], warps))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

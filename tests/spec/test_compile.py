@@ -49,6 +49,12 @@ def test_the_tail_operator_passes_opcheck(backend, loss_type):
     torch.library.opcheck(torch.ops.grpo_kernels.preference_tail, (*inputs, *pairs, *outputs, *settings))
 
 
+@every_backend
+def test_the_robust_loss_operator_passes_opcheck(backend):
+    inputs = (torch.rand(3), torch.tensor([0, 1, 1]), torch.rand(2), torch.zeros(3), torch.zeros(()))
+    torch.library.opcheck(torch.ops.grpo_kernels.robust_loss, (*inputs, backend))
+
+
 def weights_of(kind):
     return GroupWeights.robust([3, 5, 7], 0.1) if kind == "moving" else torch.tensor([0.5, 1.0, 2.0])
 

@@ -31,7 +31,7 @@ else:
 if _missing is None:
     from .head_tile import head_tile_bwd, head_tile_fwd
     from .launch import interpreting
-    from .preference_tail import preference_tail, preference_tail_kernel
+    from .preference_tail import preference_tail, preference_tail_kernel, robust_loss
     from .token_logps import token_logps_bwd, token_logps_fwd
 
     INTERPRETED = interpreting(preference_tail_kernel)
@@ -60,6 +60,6 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 __all__ = [
-    "head_tile_bwd", "head_tile_fwd", "preference_tail", "token_logps_bwd", "token_logps_fwd", "unavailable_reason",
-    "unsupported_reason",
+    "head_tile_bwd", "head_tile_fwd", "preference_tail", "robust_loss", "token_logps_bwd", "token_logps_fwd",
+    "unavailable_reason", "unsupported_reason",
 ]  # fmt: skip

@@ -27,7 +27,7 @@ import triton.language as tl
 
 from ...types import LOSS_TYPES
 from .launch import on_device_of
-from .table import tail_options
+from .table import ROBUST_LOSS_BLOCK, ROBUST_LOSS_WARPS, tail_options
 
 _SIGMOID = tl.constexpr(LOSS_TYPES.index("sigmoid"))
 _HINGE = tl.constexpr(LOSS_TYPES.index("hinge"))
@@ -135,6 +135,9 @@ _POINTERS = [
 ]  # fmt: skip
 
 
+_ROBUST_POINTERS = ["losses_ptr", "group_ids_ptr", "group_weights_ptr", "weights_ptr", "loss_ptr"]
+
+
 @triton.jit(do_not_specialize=_PLAIN, do_not_specialize_on_alignment=_POINTERS)
 def preference_tail_kernel(
     token_logps_ptr, targets_ptr, cu_seqlens_ptr, ref_logps_ptr, group_ids_ptr, pair_weights_ptr,
@@ -204,7 +207,25 @@ def preference_tail_kernel(
     tl.store(group_losses_ptr + group, means.to(group_losses_ptr.dtype.element_ty), mask=group < num_groups)
 
 
-# ---------------------------------------------------------------------------------------------- launcher
+@triton.jit(do_not_specialize=["num_pairs", "num_groups"], do_not_specialize_on_alignment=_ROBUST_POINTERS)
+def robust_loss_kernel(
+    losses_ptr, group_ids_ptr, group_weights_ptr, weights_ptr, loss_ptr, num_pairs, num_groups, BLOCK: tl.constexpr
+):
+    """``loss = (1/B) sum_i w[g_i] l_i`` and the weights of the pairs; one program, all pairs in order."""
+    total = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, num_pairs, BLOCK):
+        pair = first + tl.arange(0, BLOCK)
+        inside = pair < num_pairs
+        group_id = tl.load(group_ids_ptr + pair, mask=inside, other=0)
+        known = (group_id >= 0) & (group_id < num_groups)
+        weight = tl.load(group_weights_ptr + tl.where(known, group_id, 0), mask=inside, other=0.0)
+        tl.store(weights_ptr + pair, weight, mask=inside)
+        total += weight.to(tl.float64) * tl.load(losses_ptr + pair, mask=inside, other=0.0).to(tl.float64)
+    loss = tl.sum(total, axis=0) / tl.maximum(num_pairs, 1).to(tl.float64)
+    tl.store(loss_ptr, loss.to(loss_ptr.dtype.element_ty))
+
+
+# ---------------------------------------------------------------------------------------------- launchers
 
 
 def preference_tail(
@@ -243,6 +264,21 @@ def preference_tail(
             LOSS_TYPE=loss_type, LENGTH_NORMALIZE=length_normalize,
             BLOCK_PAIRS=options.block_pairs, BLOCK_TOKENS=options.block_tokens, BLOCK_GROUPS=options.block_groups,
             num_warps=options.num_warps,
+        )  # fmt: skip
+
+
+def robust_loss(
+    losses: torch.Tensor,
+    group_ids: torch.Tensor,
+    group_weights: torch.Tensor,
+    weights: torch.Tensor,
+    loss: torch.Tensor,
+) -> None:
+    """``loss = (1/B) sum_i w[g_i] l_i``; see ``backends.__doc__``."""
+    with on_device_of(losses):
+        robust_loss_kernel[(1,)](
+            losses, group_ids, group_weights, weights, loss, losses.numel(), group_weights.numel(),
+            BLOCK=ROBUST_LOSS_BLOCK, num_warps=ROBUST_LOSS_WARPS,
         )  # fmt: skip
 
 

@@ -73,6 +73,10 @@ TAIL: tuple[tuple[float, int, int], ...] = ((64, 8, 32), (float("inf"), 4, 512))
 TAIL_BLOCK_GROUPS = 256
 TAIL_WARPS = 8
 
+# Pairs that the last kernel takes at a time; a batch is rarely more.
+ROBUST_LOSS_BLOCK = 256
+ROBUST_LOSS_WARPS = 128 // WARP_SIZE
+
 
 def token_logps_options(
     direction: Direction, vocabulary: int, dtype: torch.dtype, warp_size: int = WARP_SIZE
