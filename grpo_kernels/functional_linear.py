@@ -265,8 +265,8 @@ def _check_inputs(hidden: Any, weight: Any, labels: Any, cu_seqlens: Any, head: 
         shape = "(2B, T, H), padded" if dims == 3 else "(rows, H), packed, where cu_seqlens is given"
         raise ValueError(f"hidden must have shape {shape}, got {describe(hidden)}")
     width = hidden.shape[-1]
-    words = weight.shape[0] or head.shard  # of more ranks than words some have none
-    if weight.dim() != 2 or weight.shape[1] != width or not words or not width:
+    empty = head.shard is None and not weight.numel()  # of more ranks than words some have none
+    if weight.dim() != 2 or weight.shape[1] != width or empty or not width:
         raise ValueError(
             f"weight must have shape (V, {width}) with V >= 1, hidden being {width} >= 1 wide, got {describe(weight)}"
         )

@@ -26,7 +26,8 @@ HIDDEN, WEIGHT = torch.linspace(-1, 1, 8 * 7 * 5).view(8, 7, 5), torch.linspace(
 NAN, INF = math.nan, math.inf
 HUGE = 10**400  # an int that no float64 holds
 
-LAYOUT = {"ignore_index": -100, "shift": True, "cu_seqlens": None, "backend": "auto"}
+LAYOUT = {"ignore_index": -100, "shift": True, "cu_seqlens": None, "tp_group": None, "vocab_start": None}
+LAYOUT["backend"] = "auto"
 LOSS = {"beta": 0.1, "loss_type": "sigmoid", "label_smoothing": 0.0, "pair_weights": None}
 PAIRS = {"ref_logps": BATCH.ref_logps, "group_ids": BATCH.group_ids, "group_weights": BATCH.weights}
 LOGITS = {"logits": BATCH.logits, "labels": BATCH.labels, "overwrite_logits": False, **LAYOUT}
@@ -102,6 +103,8 @@ TABLE = [
     ("logits", None, [sparse(8, 7, 13), nested(), BATCH.logits.to(torch.float8_e4m3fn)], TypeError),
     ("hidden", None, [None, sparse(8, 7, 5), nested(), HIDDEN.to(torch.float8_e5m2)], TypeError),
     ("weight", None, [None, sparse(13, 5), WEIGHT.to(torch.float8_e5m2)], TypeError),
+    ("weight", None, [torch.tensor(1.0), torch.zeros(13), torch.zeros(13, 5, 1), torch.zeros(0, 5)], ValueError),
+    ("hidden", None, [torch.tensor(1.0), torch.zeros(8, 7), torch.zeros(8, 7, 0)], ValueError),
     ("labels", None, [None, sparse(8, 7, dtype=torch.int64), nested(), BATCH.labels == 0], TypeError),
     ("labels", None, [BATCH.labels.t(), torch.full((8, 7), 2**40), torch.full((8, 7), 13)], ValueError),
     ("ref_logps", None, [sparse(8), nested(), torch.zeros(8, dtype=torch.complex64)], TypeError),
@@ -132,6 +135,8 @@ TABLE = [
     ("sampling_probs", None, [[1, 1j, 1], sparse(3), torch.ones(3, dtype=torch.complex64) / 3, [HUGE] * 3], TypeError),
     ("sampling_probs", None, ["abc", {1: 1.0}], TypeError),
     ("sampling_probs", None, [[], [0.5, 0.5], [0.2, 0.3, 0.4], [1.0, 0.0, 0.0], torch.ones(3)], ValueError),
+    ("tp_group", None, [0, "gloo", [0, 1], object()], TypeError),
+    ("vocab_start", None, [0, -1, 1.0, "0"], (TypeError, ValueError)),
     ("process_group", None, [0, -100, "gloo", [0, 1], object()], TypeError),
 ]  # fmt: skip
 
