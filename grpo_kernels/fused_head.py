@@ -132,7 +132,10 @@ class FusedHead:
             return None
         weight, bias = head.weight, head.bias
         if hasattr(weight, "to_local"):
-            raise ValueError("the LM head's weight is spread over ranks (a DTensor) during its own forward")
+            raise ValueError(
+                "the LM head's weight is spread over ranks (a DTensor) during its own forward; linear_token_logps "
+                "takes hidden states and such a weight (examples/tensor_parallel.py)"
+            )
         call.logits = output.detach()
         if self._trial:
             self._differences.append(_distance(output, nn.functional.linear(args[0], weight, bias)))

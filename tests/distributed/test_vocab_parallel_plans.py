@@ -19,6 +19,7 @@ from grpo_kernels import (
     fused_linear_grpo_loss,
     linear_sequence_logps,
     linear_token_logps,
+    preference_loss,
     sequence_logps,
     token_logps,
 )
@@ -138,6 +139,35 @@ def tied(mesh):
     return [out.detach(), whole(table.grad)]
 
 
+def tokens_split(mesh, alone=None):
+    """Half of every sequence's positions on each "dp" rank, half of the words on each "tp" rank, as in docs/scaling.md.
+
+    All ranks have the same pairs, so the group of alpha is each rank alone.
+    """
+    batch, model = make_batch(pairs=PAIRS, vocabulary=VOCABULARY), Model()
+    weights = GroupWeights.robust(SIZES, 0.3, process_group=alone)
+    targets = batch.labels.roll(-1, dims=1)
+    targets[:, -1] = IGNORE
+    here = slice(None)
+    if mesh is not None:
+        here = (slice(0, 4), slice(4, None))[mesh["dp"].get_local_rank()]
+        parallelize_module(model, mesh["tp"], {"lm_head": ColwiseParallel(use_local_output=False)})
+    hidden = model.hidden(ids_of(batch)[:, here])
+    head = model.lm_head
+    mine = linear_sequence_logps(hidden, head.weight, targets[:, here], bias=head.bias, shift=False)
+    logps = mine.detach().clone()
+    if mesh is not None:
+        dist.all_reduce(logps, group=mesh["dp"].get_group())
+    out = preference_loss(logps.requires_grad_(), batch.ref_logps, batch.group_ids, weights)
+    out.loss.backward()
+    mine.backward(logps.grad)
+    grads = [whole(parameter.grad).clone() for parameter in model.parameters()]
+    if mesh is not None:
+        for grad in grads:
+            dist.all_reduce(grad, group=mesh["dp"].get_group())
+    return [out.loss.detach(), weights.log_alpha.clone(), *grads]
+
+
 # ---------------------------------------------------------------------------------------------- a pair of ranks
 
 
@@ -235,7 +265,10 @@ def scenarios(rank, groups):
     line = init_device_mesh("cpu", (4,), mesh_dim_names=("tp",))
     results = {name: train(*way, mesh) for name, way in WAYS.items()}
     results |= {name: from_dtensors(line, *how) for name, how in DTENSORS.items()}
-    results["tied"] = tied(line)
+    results["tied"], results["tokens split"] = (
+        tied(line),
+        tokens_split(mesh, [dist.new_group([r]) for r in range(4)][rank]),
+    )
     results["again"], results["traffic"] = again(rank % 2, groups[2]), traffic(rank % 2, groups[2])
     results["compiled head"] = compiled(rank % 2, groups[2], mesh["tp"], "head")
     return results
@@ -294,6 +327,13 @@ def test_dtensors_say_themselves_who_holds_which_words(ranks, name):
 def test_a_tied_table_gets_both_gradients(ranks):
     for result in ranks:
         for mine, theirs in zip(result["tied"], tied(None), strict=True):
+            assert_close(mine, theirs, rtol=1e-10)
+
+
+def test_tokens_of_a_sequence_on_several_ranks_too(ranks):
+    alone = tokens_split(None)
+    for result in ranks:
+        for mine, theirs in zip(result["tokens split"], alone, strict=True):
             assert_close(mine, theirs, rtol=1e-10)
 
 

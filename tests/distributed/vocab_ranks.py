@@ -123,6 +123,7 @@ def _enter(rank: int, folder: str, scenarios: Callable[..., dict[str, Any]]) -> 
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     results = scenarios(rank, {2: pairs[rank // 2], WORLD: dist.group.WORLD})
     torch.save(results, f"{folder}/{rank}.pt")
+    dist.barrier()  # who leaves first would take the connection along that another still reads from
     dist.destroy_process_group()
 
 
