@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from .distributed import ALONE, Ranks
-from .run_directory import naming, remove, sync_file, sync_folder, write_atomically
+from .run_directory import naming, remove, remove_at_once, sync_file, sync_folder, write_atomically
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -69,7 +69,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> P
         temporary.mkdir(parents=True)
         _write(temporary, checkpoint)
         if target.exists():  # damaged, and reached again by a run that went on from the one before
-            remove(target)
+            remove_at_once(target)
         os.rename(temporary, target)
         sync_folder(folder)
         sync_folder(folder.parent)
@@ -91,10 +91,7 @@ def forget_older(folder: Path, step: int, *, keep: int) -> None:
     """
     older = [path for path in sorted_checkpoints(folder) if _step(path) < step]
     for old in older[: max(len(older) - keep + 1, 0)]:
-        # Renamed first: a process that dies within the removal must not leave half a checkpoint under a good name.
-        gone = old.with_name(f".{old.name}.tmp")
-        os.rename(old, gone)
-        remove(gone)
+        remove_at_once(old)
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:

@@ -16,7 +16,17 @@ from .config import TrainConfig
 from .data import PairDataset
 from .evaluate import GroupReport
 from .models import describe_model
-from .run_directory import CONFIG, SUMMARY, naming, remove, sync_file, sync_folder, write_atomically, write_json
+from .run_directory import (
+    CONFIG,
+    SUMMARY,
+    naming,
+    remove,
+    remove_at_once,
+    sync_file,
+    sync_folder,
+    write_atomically,
+    write_json,
+)
 
 
 def save_config(config: TrainConfig, folder: Path) -> None:
@@ -53,7 +63,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path, *, merge: bool) -> None
             for file in temporary.iterdir():
                 sync_file(file)
             sync_folder(temporary)
-            remove(folder)
+            remove_at_once(folder)
             os.rename(temporary, folder)
         finally:
             remove(temporary)

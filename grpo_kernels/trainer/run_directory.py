@@ -56,7 +56,7 @@ class RunDirectory:
             refuse_existing(self.path, overwrite=overwrite, resume=resume)
             for name in _OURS:
                 if overwrite:
-                    remove(self.path / name)
+                    remove_at_once(self.path / name)
                 # What a process that was killed had not finished.
                 for unfinished in self.path.glob(f".{name}.*.tmp"):
                     remove(unfinished)
@@ -129,6 +129,15 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def remove_at_once(path: Path) -> None:
+    """The same, and whenever the process dies it is there in full or, by its name, not at all."""
+    if path.exists() or path.is_symlink():
+        gone = path.with_name(f".{path.name}.{os.getpid()}.gone.tmp")
+        remove(gone)
+        os.rename(path, gone)
+        remove(gone)
 
 
 @contextmanager

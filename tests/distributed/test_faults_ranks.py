@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT = 5
+TIMEOUT = 4
 """Seconds that a rank waits for another, as the loops below are started with."""
 
 
@@ -74,7 +74,7 @@ def ended(process: subprocess.Popen[str], seconds: float) -> str:
 @pytest.mark.parametrize(
     ("number", "limit"), [(signal.SIGKILL, 30), (signal.SIGSTOP, TIMEOUT + 30)], ids=["dies", "hangs"]
 )
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_is_gone_ends_the_other(tmp_path, number, limit, victim):
     processes = start(tmp_path)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from grpo_kernels.trainer.checkpoint import (
     sorted_checkpoints,
 )
 from grpo_kernels.trainer.metrics import Metrics, read_metrics
-from grpo_kernels.trainer.run_directory import write_atomically
+from grpo_kernels.trainer.run_directory import remove_at_once, write_atomically
 
 pytest.importorskip("safetensors")
 
@@ -251,3 +252,15 @@ def test_a_run_whose_last_checkpoint_is_damaged_comes_to_the_same_end(tmp_path):
     for part, tensors in whole.parts.items():
         assert all(torch.equal(tensor, again.parts[part][name]) for name, tensor in tensors.items())
     assert (Path(config.run_dir) / "metrics.jsonl").read_bytes() == before
+
+
+def test_what_is_removed_is_there_in_full_or_not_at_all(tmp_path, monkeypatch):
+    path = save_checkpoint(tmp_path, make(1))
+    with monkeypatch.context() as patch:
+        # As kill -9 leaves it within the removal.
+        patch.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            remove_at_once(path)
+    assert not path.exists()
+    clear_unfinished(tmp_path)
+    assert names(tmp_path) == []

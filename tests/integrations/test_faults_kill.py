@@ -10,6 +10,7 @@ streams and reference, the same bytes of metrics and of the trained models.  Wha
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -19,8 +20,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from victims import AFTER, BEFORE, KINDS, Victims, assert_same_end, build_shim, latest, moment, prepare
+from victims import AFTER, BEFORE, KINDS, Victims, assert_same_end, build_shim, config_of, latest, moment, prepare
 
+from grpo_kernels.trainer.loop import train
 from grpo_kernels.trainer.run_directory import RunDirectory
 
 pytest.importorskip("transformers")
@@ -135,27 +137,44 @@ def test_a_run_killed_at_any_call_that_changes_a_file_ends_as_if_it_had_not_been
     assert died >= len(range(1, kills.calls[kind] + 1, stride)) * len(modes) * 0.9
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
 @pytest.mark.parametrize(
-    "count", [pytest.param(2, id="2"), pytest.param(50 if NIGHTLY else 10, id="many", marks=pytest.mark.slow)]
+    "count", [pytest.param(2, id="2"), pytest.param(100 if NIGHTLY else 20, id="many", marks=pytest.mark.slow)]
 )
-def test_a_run_that_is_told_to_end_goes_on_as_if_it_had_not_been(kills, number, count):
-    rng = random.Random(f"{number} {SEED}")
+def test_a_run_that_is_told_to_end_goes_on_as_if_it_had_not_been(kills, count):
+    rng = random.Random(f"signals {SEED}")
     done = 0
     while done < count:
-        kind, run_dir = KINDS[done % 2], kills.folder / f"ended {done}"
+        number = (signal.SIGTERM, signal.SIGINT)[done % 2]  # the latter is Ctrl-C
+        kind, run_dir = rng.choice(KINDS), kills.folder / f"ended {done}"
         done += kills.clock(kind, run_dir, rng, number)
         kills.finish(kind, run_dir)
 
 
-def test_a_killed_run_leaves_no_lock_behind(kills, tmp_path):
+def test_a_run_keeps_others_out_of_its_folder_until_it_is_dead(kills, tmp_path):
     run_dir = tmp_path / "run"
     process = kills.victims.start("plain", run_dir)
     while not (run_dir / "config.yaml").exists():
         time.sleep(0.001)
-    with pytest.raises(ValueError, match="another run holds its lock"):
-        RunDirectory(run_dir, resume=True)
+    os.kill(process, signal.SIGSTOP)
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    for changes in ({"resume": True}, {"overwrite": True}):
+        with pytest.raises(ValueError, match=r"run_dir .* is in use: another run holds its lock"):
+            train(config_of("plain", kills.folder, run_dir, **changes))
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
     os.kill(process, signal.SIGKILL)
-    kills.victims.end()
-    with RunDirectory(run_dir, resume=True):
+    assert kills.victims.end().status == -signal.SIGKILL
+    kills.finish("plain", run_dir)
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*arguments):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with (
+        pytest.warns(UserWarning, match=r"without locks \(No locks available\): nothing keeps another run from"),
+        RunDirectory(tmp_path / "run"),
+    ):
         pass
