@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from vocab_ranks import EDGES, VOCABULARY, WIDTH, Call, batch_of, on_four_ranks, run, small_tiles, together
+from vocab_ranks import VOCABULARY, WIDTH, Call, batch_of, on_four_ranks, run, small_tiles, together
 
 FIRST = 15
 """Words of the first of two shards."""
@@ -107,7 +107,7 @@ NAN = {"logits, one shard impossible": Call(edges="two", head=False, change=one_
 def scenarios(rank, groups):
     results = {}
     for name, call in (CALLS | ODD | NAN).items():
-        group = groups[len(EDGES[call.edges]) - 1]
+        group = groups[call.ranks]
         results[name] = run(call, group, rank % group.size())
     return results
 
@@ -129,7 +129,7 @@ def error(actual, exact):
 @pytest.mark.parametrize("name", CALLS)
 def test_the_error_is_that_of_one_process(ranks, name):
     call = CALLS[name]
-    shared = together(call, [result[name] for result in ranks[: len(EDGES[call.edges]) - 1]])
+    shared = together(call, [result[name] for result in ranks[: call.ranks]])
     alone, exact = run(call), run(call, exact=True)
     keys = ["policy_logps", *(key for key in exact if "grad of" in key)]
     # Each rank rounds once how far below its sum one of its logits is, which may be as far as logits lie apart.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +32,8 @@ EDGES = {
 class Call:
     """One call of the loss."""
 
-    edges: str = "two, uneven"
+    edges: str | tuple[int, ...] = "two, uneven"
+    """A name of :data:`EDGES`, or where shards meet."""
     head: bool = True
     dtype: torch.dtype = torch.float64
     packed: bool = False
@@ -48,10 +49,17 @@ class Call:
     change: Callable[[Batch, torch.Tensor, torch.Tensor], None] | None = None
     """What is done in place to batch, hidden and weight before the call."""
 
+    @property
+    def ranks(self) -> int:
+        return len(self.limits) - 1
+
+    @property
+    def limits(self) -> Sequence[int]:
+        return EDGES[self.edges] if isinstance(self.edges, str) else self.edges
+
     def words(self, rank: int) -> slice:
-        edges = EDGES[self.edges]
-        at = len(edges) - 2 - rank if self.reverse else rank
-        return slice(edges[at], edges[at + 1])
+        at = self.ranks - 1 - rank if self.reverse else rank
+        return slice(self.limits[at], self.limits[at + 1])
 
 
 def small_tiles() -> None:
@@ -73,12 +81,18 @@ def batch_of(call: Call) -> tuple[Batch, torch.Tensor, torch.Tensor, torch.Tenso
     return batch, hidden, weight, bias
 
 
-def run(call: Call, group: Any = None, rank: int = 0, *, exact: bool = False) -> dict[str, torch.Tensor]:
+def run(
+    call: Call, group: Any = None, rank: int = 0, *, exact: bool = False, device: str = "cpu"
+) -> dict[str, torch.Tensor]:
     """Everything that comes out of a call; by one process where there is no group.
 
     ``exact`` runs it on the same rounded inputs in float64.
     """
     batch, *tensors = batch_of(call)
+    tensors = [tensor.to(device) for tensor in tensors]
+    for name in ("logits", "labels", "ref_logps", "group_ids", "weights", "pair_weights", "cu_seqlens"):
+        if getattr(batch, name) is not None:
+            setattr(batch, name, getattr(batch, name).to(device))
     dtype = torch.float64 if exact else call.dtype
     words = slice(None) if group is None else call.words(rank)
     options = {"pair_weights": batch.pair_weights, "cu_seqlens": batch.cu_seqlens, **call.options}
