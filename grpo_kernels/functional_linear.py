@@ -309,5 +309,5 @@ def _check_head(head: _Head, weight: torch.Tensor) -> None:
     if num_labelled is not None:
         if isinstance(num_labelled, bool) or not isinstance(num_labelled, int):
             raise TypeError(f"num_labelled must be an int or None, got {describe(num_labelled)}")
-        if num_labelled < 0:
-            raise ValueError(f"num_labelled must not be negative, got {num_labelled}")
+        if not 0 <= num_labelled < 2**63:
+            raise ValueError(f"num_labelled must not be negative, and fit into 64 bits, got {describe(num_labelled)}")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .checks import check_number, describe, is_dense, values_are_readable
+from .checks import FLOATS, check_floating, check_number, describe, is_dense, values_are_readable
 
 
 def check_in(name: str, value: Any, *, low: float, high: float = math.inf) -> None:
@@ -21,8 +21,7 @@ def check_in(name: str, value: Any, *, low: float, high: float = math.inf) -> No
 
 def check_step(log_alpha: Any, group_losses: Any, group_lr: Any, adjustment: Any) -> None:
     """The arguments of ``exponentiated_step``; those that are tensors broadcast against one another."""
-    if not (is_dense(log_alpha) and log_alpha.is_floating_point()):
-        raise TypeError(f"log_alpha must be a floating tensor, got {describe(log_alpha)}")
+    check_floating("log_alpha", log_alpha)
     if log_alpha.dim() == 0 or log_alpha.shape[-1] == 0:
         raise ValueError(f"log_alpha must have shape (..., G) with G >= 1, got {describe(log_alpha)}")
     if not is_dense(group_losses) or group_losses.shape[-1:] != log_alpha.shape[-1:]:
@@ -46,7 +45,7 @@ def check_step(log_alpha: Any, group_losses: Any, group_lr: Any, adjustment: Any
 
 def _broadcast(name: str, tensor: torch.Tensor, shape: Sequence[int], log_alpha: torch.Tensor) -> Sequence[int]:
     """The shape that both broadcast to; real numbers, on the device of log_alpha, G or 1 of them in the end."""
-    if not is_dense(tensor) or tensor.is_complex() or tensor.dtype == torch.bool:
+    if not is_dense(tensor) or tensor.dtype not in (*FLOATS, torch.int64, torch.int32):
         raise TypeError(f"{name} must be a tensor of real numbers, got {describe(tensor)}")
     if tensor.device != log_alpha.device:
         raise ValueError(f"{name} must be on {log_alpha.device}, as log_alpha is, got {describe(tensor)}")
@@ -113,7 +112,9 @@ def names_and_sizes(group_sizes: Any) -> tuple[tuple[str, ...], list[int]]:
         if isinstance(size, bool) or not isinstance(size, Integral):
             raise TypeError(f"group_sizes must be integers, got {size!r} for group {name!r}")
         if size <= 0:
-            raise ValueError(f"group_sizes must be positive (N_g, pairs in the training set), got {size} for {name!r}")
+            raise ValueError(
+                f"group_sizes must be positive (N_g, pairs in the training set), got {describe(size)} for {name!r}"
+            )
         if int(size) > 2**53:
             raise ValueError(f"group_sizes must be at most 2^53, got {describe(int(size))} for {name!r}")
     return tuple(names), [int(size) for size in sizes]

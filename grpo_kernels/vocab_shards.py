@@ -80,7 +80,9 @@ def shard_of_logits(logits: Any, tp_group: Any, vocab_start: Any) -> tuple[Any, 
 def _shard_of_group(tp_group: Any, vocab_start: Any) -> Shard | None:
     if tp_group is None:
         if vocab_start is not None:
-            raise ValueError(f"vocab_start says where this rank's shard starts and needs tp_group, got {vocab_start!r}")
+            raise ValueError(
+                f"vocab_start says where this rank's shard starts and needs tp_group, got {describe(vocab_start)}"
+            )
         return None
     if not distributed.is_process_group(tp_group):
         raise TypeError(

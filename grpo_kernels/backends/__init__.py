@@ -192,7 +192,8 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
         UnavailableBackendError: the one named is not here, or does not take this dtype on this device.
     """
     if not (isinstance(name, str) and (name == "auto" or name in _MODULES)):
-        raise ValueError(f"backend must be 'auto' or one of {sorted(_MODULES)}, got {name!r}"[:200])
+        came = repr(name) if isinstance(name, str) else f"a {type(name).__name__}"
+        raise ValueError(f"backend must be 'auto' or one of {sorted(_MODULES)}, got {came}")
     # The answer cannot change within a process, and asking anew would cost more than a small call's kernels.
     chosen = _chosen.get((name, device, dtype))
     if chosen is None:

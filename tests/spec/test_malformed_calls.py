@@ -117,6 +117,8 @@ TABLE = [
     ("cu_seqlens", "fused_grpo_loss", [torch.tensor([0, 8], dtype=torch.int32)], ValueError),
     ("policy_logps", None, [None, sparse(8), nested(), torch.zeros(8, dtype=torch.int64)], TypeError),
     ("lengths", None, [7, sparse(8), torch.zeros(8, dtype=torch.complex64)], TypeError),
+    ("log_alpha", None, [torch.zeros(3).to(torch.float8_e4m3fn), torch.zeros(3, dtype=torch.int64)], TypeError),
+    ("group_losses", None, [torch.zeros(3).to(torch.float8_e4m3fn), torch.zeros(3, dtype=torch.int16)], TypeError),
     ("log_alpha", None, [None, [0.0], sparse(3), nested(), torch.zeros(3, dtype=torch.complex64)], TypeError),
     ("log_alpha", None, [torch.tensor(0.0), torch.zeros(0), torch.zeros(3, 0)], ValueError),
     ("group_losses", None, [None, torch.zeros(2), torch.zeros(3, 3), torch.zeros(3, device="meta")], ValueError),
