@@ -176,7 +176,7 @@ def mistake(function, *args, **kwargs):
 
 MISTAKES = {
     "no start": "ValueError: vocab_start must be given with tp_group",
-    "no group": "ValueError: vocab_start says where this rank's shard starts and needs tp_group, got 0",
+    "no group": "ValueError: vocab_start says where this rank's shard starts and needs tp_group, got int 0",
     "no group at all": "TypeError: tp_group must be None or a group of torch.distributed .* got str 'tp'",
     "start is no int": "TypeError: vocab_start must be an int, got float 1.0",
     "negative": "ValueError: vocab_start must not be negative, got int -1",
