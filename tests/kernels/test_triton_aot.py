@@ -56,10 +56,11 @@ TILE = {
 OPTIONAL = ("targets_ptr", "cu_seqlens_ptr", "ref_logps_ptr", "pair_weights_ptr")
 
 
-def compile_kernel(kernel, types, constants, target, num_warps):
+def compile_kernel(kernel, types, constants, target, num_warps, registers=None):
     signature = {name: types[name] if name not in constants else "constexpr" for name in kernel.arg_names}
     source = ASTSource(kernel, signature, constexprs=constants)
-    return triton.compile(source, target=target, options={"num_warps": num_warps})
+    limit = {} if registers is None or target.backend == "hip" else {"maxnreg": registers}
+    return triton.compile(source, target=target, options={"num_warps": num_warps, **limit})
 
 
 def assert_fits(compiled):
@@ -150,7 +151,8 @@ def check_tile_kernels(target, logits, out, words, variants):
             "BLOCK_V": options.block_v, "VEC": options.vec, "ALIGNED": aligned, "CAPPED": capped, "BIAS_HINT": 16,
             "OUT_HINT": options.vec * DTYPES[out].itemsize, **({} if biased else {"bias_ptr": None}),
         }  # fmt: skip
-        compiled = compile_kernel(kernel, types, constants, target, options.num_warps)
+        registers = table.head_tile_registers(direction, aligned=aligned, capped=capped, biased=biased)
+        compiled = compile_kernel(kernel, types, constants, target, options.num_warps, registers)
         assert_fits(compiled)
         if not biased:
             moved = (options.block_v, size, options.num_warps * target.warp_size)

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .launch import on_device_of
-from .table import Direction, head_tile_options
+from .table import Direction, head_tile_options, head_tile_registers
 from .token_logps import _edge_columns, _exp, _expm1, _split_row
 
 _NEG_INF = tl.constexpr(float("-inf"))
@@ -244,7 +244,7 @@ def head_tile_fwd(
             logits, bias, targets, top, rest, picked, factor, exps,
             logits.stride(0), 0 if exps is None else exps.stride(0), logits.shape[1], start,
             softcap, logit_scale / softcap if softcap else logit_scale, 2.0**-shift,
-            **_launch("fwd", logits, exps, bias), CAPPED=softcap != 0,
+            **_launch("fwd", logits, exps, bias, softcap != 0),
         )  # fmt: skip
 
 
@@ -269,12 +269,12 @@ def head_tile_bwd(
             logits, bias, targets, top, scale, at_target, grads,
             logits.stride(0), grads.stride(0), logits.shape[1], start,
             softcap, logit_scale / softcap if softcap else logit_scale,
-            **_launch("bwd", logits, grads, bias), CAPPED=softcap != 0,
+            **_launch("bwd", logits, grads, bias, softcap != 0),
         )  # fmt: skip
 
 
 def _launch(
-    direction: Direction, logits: torch.Tensor, out: torch.Tensor | None, bias: torch.Tensor | None
+    direction: Direction, logits: torch.Tensor, out: torch.Tensor | None, bias: torch.Tensor | None, capped: bool
 ) -> dict[str, int]:
     """Block sizes, and what the addresses of this tile allow to be moved at once."""
     words = logits.shape[1]
@@ -283,10 +283,14 @@ def _launch(
     place, step = _place(logits, vec)
     aligned = place == step == words % vec == 0
     same = out is not None and (place, step) == _place(out, vec)
+    registers = head_tile_registers(direction, aligned=aligned, capped=capped, biased=bias is not None)
+    limit = {} if registers is None or torch.version.hip is not None else {"maxnreg": registers}
     return {
+        **limit,
         "BLOCK_V": options.block_v,
         "VEC": vec,
         "ALIGNED": aligned,
+        "CAPPED": capped,
         "OUT_HINT": vec * out.element_size() if out is not None and same else 1,
         "BIAS_HINT": 16 if bias is not None and bias.data_ptr() % 16 == 0 else 1,
         "num_warps": options.num_warps,

@@ -96,6 +96,11 @@ def head_tile_options(
     return HeadTileOptions(block_v, num_warps * 32 // warp_size, 16 // dtype.itemsize)
 
 
+def head_tile_registers(direction: Direction, *, aligned: bool, capped: bool, biased: bool) -> int | None:
+    """``maxnreg`` of NVIDIA's compiler where it would sooner spill a word than take another register, else None."""
+    return 64 if direction == "fwd" and capped and biased and not aligned else None
+
+
 def tail_options(mean_length: float, num_groups: int, warp_size: int = WARP_SIZE) -> TailOptions:
     """The entry for sequences of this mean length."""
     block_pairs, block_tokens = next(entry[1:] for entry in TAIL if mean_length <= entry[0])
