@@ -158,6 +158,9 @@ class LinearTokenLogps(torch.autograd.Function):
     @_differentiable_once
     def backward(ctx: Any, grad_logps: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, targets, index, right, *saved = ctx.saved_tensors
+        if hasattr(ctx, "maybe_clear_saved_tensors"):
+            # Unless the graph is retained: a kept tile then goes when it has been used, and its memory to dW.
+            ctx.maybe_clear_saved_tensors()
         grads = linear_ops.backward(
             grad_logps, hidden, weight, bias, targets, index, right, saved, ctx.needs, ctx.call, ctx.backend
         )

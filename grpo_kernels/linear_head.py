@@ -21,7 +21,8 @@ again, or takes those that the memory budget let forward keep; either way a tile
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -40,21 +41,31 @@ KEPT_SHIFT = 64
 must fit into the scale of a tile whose running top was lower (see :func:`_finish_kept`)."""
 
 
-class Saved(NamedTuple):
-    """What forward hands to backward; a tensor is None where no gradient needs it."""
+@dataclass
+class Saved:
+    """What forward hands to backward, which lets go of each once it was used; None where no gradient needs it."""
 
     unit_grad: Any
     """(rows, H) accumulation dtype: d logp / d hidden."""
-    top: Any
+    top: Any = None
     """(rows,) the largest logit besides the target's."""
-    share: Any
+    share: Any = None
     """(rows,) p[v] = share * exp(z[v] - top)."""
-    miss: Any
+    miss: Any = None
     """(rows,) 1 - p[y]."""
-    kept: Any
-    """(rows * kept_words,) the kept tiles one after the other, each (rows, words)."""
-    kept_scale: Any
+    kept_scale: Any = None
     """(kept tiles, rows) what a kept row must be multiplied with to be p, and p - 1 at the target."""
+    kept: list[torch.Tensor] = field(default_factory=list)
+    """The kept tiles, (rows * words,) each; or (rows * kept_words,), one after the other (``Call.apart``)."""
+
+    @classmethod
+    def of(cls, tensors: Sequence[Any]) -> Saved:
+        """From :meth:`tensors`."""
+        unit_grad, top, share, miss, kept_scale, *kept = tensors
+        return cls(unit_grad, top, share, miss, kept_scale, kept)
+
+    def tensors(self) -> list[Any]:
+        return [self.unit_grad, self.top, self.share, self.miss, self.kept_scale, *self.kept]
 
 
 def token_logps_fwd(
@@ -69,7 +80,7 @@ def token_logps_fwd(
     """(rows, H), (V, H), (V,), (rows,) → log-probabilities (rows,), 0 where ignored; and what backward needs.
 
     That is ``index`` of the labelled rows, ``right`` (whether ``num_labelled`` was; None where it was not told), and
-    the fields of :class:`Saved`.
+    the tensors of :class:`Saved`.
     """
     index, right = _labelled_rows(targets, call.ignore_index, call.num_labelled)
     plan = _plan_of(hidden, weight, index, needs, call)
@@ -81,7 +92,7 @@ def token_logps_fwd(
     if right is not None:
         # Even the rows that were told to be labelled and are not, and the other way round: no number of them is true.
         logps.masked_fill_(~right, torch.nan)
-    return (logps, index, right, *saved)
+    return (logps, index, right, *saved.tensors())
 
 
 def hidden_gradient(
@@ -123,11 +134,13 @@ def weight_gradient(
     work = _Workspace(plan, x.device)
     c = grad_logps * call.logit_scale
     scale, at_target = -c * saved.share, c * saved.miss
-    scaled = torch.empty_like(x) if saved.kept is not None and needs[1] else None
-    kept_tiles = 0 if saved.kept_scale is None else saved.kept_scale.shape[0]
+    tiles = plan.tiles()
+    kept = _kept_tiles(saved.kept, tiles, plan.rows)
+    saved.kept.clear()  # from here on `kept` alone holds them
+    scaled = torch.empty_like(x) if kept and needs[1] else None
     row_scale: torch.Tensor | None
-    for tile in reversed(plan.tiles()):
-        if tile.offset is None:
+    for tile in reversed(tiles):
+        if not tile.kept:
             w, b = _words(weight, bias, tile, plan.dtype)
             row_scale, x_tile = None, x
             grads = work.exps(tile)
@@ -139,9 +152,8 @@ def weight_gradient(
             )  # fmt: skip
         else:
             # dW = E^T (diag(c) h): the factor of a row goes to h, which is narrower than the tile.
-            kept_tiles -= 1
-            row_scale = -c * saved.kept_scale[kept_tiles]
-            grads = _kept_tile(saved.kept, tile, plan.rows)
+            grads = kept.pop()
+            row_scale = -c * saved.kept_scale[len(kept)]
             if scaled is not None:
                 _scale_rows(x, row_scale, scaled)
                 x_tile = scaled
@@ -150,6 +162,7 @@ def weight_gradient(
             _mm_into(grads.t(), x_tile, grad_weight[words])
         if grad_bias is not None:
             _column_sums(grads, row_scale, grad_bias[words])
+        del grads  # a kept tile goes before the next part of dW comes
     return grad_weight, None if grad_bias is None or bias is None else grad_bias.to(bias.dtype)
 
 
@@ -201,33 +214,35 @@ def _sweep(
     work = _Workspace(plan, device)
     total: Any = None
     part: Any = None
-    kept: Any = None
     tops: list[torch.Tensor] = []
     if plan.grad_hidden:
         total = torch.zeros(plan.rows, plan.hidden, dtype=accumulate, device=device)
         part = torch.empty(plan.rows, plan.hidden, dtype=work.gemm_dtype, device=device)
-    if plan.kept_words:
-        kept = torch.empty(plan.rows * plan.kept_words, dtype=plan.dtype, device=device)
+    kept_tiles = [tile for tile in tiles if tile.kept]
+    sizes = [plan.rows * (tile.stop - tile.start) for tile in kept_tiles]
+    if not call.apart:
+        sizes = [sum(sizes)] if sizes else []
+    kept = [torch.empty(size, dtype=plan.dtype, device=device) for size in sizes]
+    views = _kept_tiles(kept, tiles, plan.rows)
     for tile in tiles:
         w, b = _words(weight, bias, tile, plan.dtype)
-        is_kept = tile.offset is not None
         exps: Any = None
-        if is_kept:
-            exps = _kept_tile(kept, tile, plan.rows)
+        if tile.kept:
+            exps = views[len(tops)]
         elif total is not None:
             exps = work.exps(tile)
         logits = work.logits(tile, exps)
         work.gemm(x, w.t(), logits)
         backend.head_tile_fwd(
             logits, b, targets, top, rest, picked, factor, exps, start=tile.start, softcap=call.softcap,
-            logit_scale=call.logit_scale, shift=KEPT_SHIFT if is_kept else 0,
+            logit_scale=call.logit_scale, shift=KEPT_SHIFT if tile.kept else 0,
         )  # fmt: skip
         if total is not None:
             work.gemm(exps, w, part)
-            if is_kept and not tops:
+            if tile.kept and not tops:
                 factor.mul_(2.0**-KEPT_SHIFT)  # from here on in the scale of kept exponentials
             torch.addcmul(part, total, factor.unsqueeze(1), out=total)
-        if is_kept:
+        if tile.kept:
             tops.append(top.clone())
     del work, part
     # As in torch.log_softmax: -inf at the target is a probability of 0, +inf is no number.
@@ -235,20 +250,19 @@ def _sweep(
     odds, miss, share = _odds(top, rest, picked, targets, all_rows, bias is not None, plan, call)
     logps = torch.nn.functional.logsigmoid(-odds.against).to(accumulate)
     if total is not None:
-        scale = share if kept is None else share * 2.0**KEPT_SHIFT
+        scale = share * 2.0**KEPT_SHIFT if kept else share
         _finish_unit_grad(total, weight, targets, odds.picked, miss, scale, plan, call)
     if not plan.grad_weight:
-        return logps, Saved(total, None, None, None, None, None)
+        return logps, Saved(total)
     kept_scale = None
-    if kept is not None:
-        kept_tiles = [t for t in tiles if t.offset is not None]
+    if kept:
         kept_scale = torch.stack(tops).sub_(top)
         if odds.behind is not None:  # in the scale of all ranks' sum, where that is 1 and its share 1 - p[y]
             kept_scale.add_(odds.behind)
-            _finish_kept(kept, kept_tiles, kept_scale, targets, odds.picked, torch.ones_like(rest), miss, call)
+            _finish_kept(views, kept_tiles, kept_scale, targets, odds.picked, torch.ones_like(rest), miss, call)
         else:
-            _finish_kept(kept, kept_tiles, kept_scale, targets, picked, rest, share, call)
-    return logps, Saved(total, top.clone(), share, miss, kept, kept_scale)
+            _finish_kept(views, kept_tiles, kept_scale, targets, picked, rest, share, call)
+    return logps, Saved(total, top.clone(), share, miss, kept_scale, kept)
 
 
 def _odds(
@@ -273,10 +287,11 @@ def _odds(
     return rounded, miss.to(top.dtype), share.to(top.dtype)
 
 
-def _kept_tile(kept: torch.Tensor, tile: Tile, rows: int) -> torch.Tensor:
-    """(rows, words) view of one kept tile."""
-    offset, words = tile.offset or 0, tile.stop - tile.start
-    return kept[offset * rows : (offset + words) * rows].view(rows, words)
+def _kept_tiles(kept: Sequence[torch.Tensor], tiles: Sequence[Tile], rows: int) -> list[torch.Tensor]:
+    """(rows, words) of each kept tile, whether they lie in a tensor each or all in one."""
+    words = [tile.stop - tile.start for tile in tiles if tile.kept]
+    apart = kept if len(kept) == len(words) else kept[0].split([rows * n for n in words])
+    return [flat.view(rows, n) for flat, n in zip(apart, words, strict=True)]
 
 
 class _Workspace:
@@ -339,7 +354,7 @@ def _finish_unit_grad(
 
 
 def _finish_kept(
-    kept: torch.Tensor,
+    kept: list[torch.Tensor],
     tiles: list[Tile],
     drop: torch.Tensor,
     targets: torch.Tensor,
@@ -358,16 +373,15 @@ def _finish_kept(
     """
     room = KEPT_SHIFT * 0.6931471805599453
     rows = torch.arange(rest.shape[0], device=rest.device)
-    for tile, below in zip(tiles, drop, strict=True):
-        words = tile.stop - tile.start
-        exps = _kept_tile(kept, tile, rest.shape[0]).view(-1)
+    for exps, tile, below in zip(kept, tiles, drop, strict=True):
+        words, exps = tile.stop - tile.start, exps.view(-1)
         index = targets - tile.start
         inside = (index >= 0) & (index < words)
         below.copy_(torch.where(inside, below.clamp(min=-room), below))
         entry = -rest * _slope_at(picked, call) * torch.exp(-below) * 2.0**-KEPT_SHIFT
         # By the place in memory: scatter_ along rows would copy the tile.
         place = rows * words + torch.where(inside, index, 0)
-        exps.index_copy_(0, place, torch.where(inside, entry.to(kept.dtype), exps[place]))
+        exps.index_copy_(0, place, torch.where(inside, entry.to(exps.dtype), exps[place]))
     drop.exp_().mul_(share * 2.0**KEPT_SHIFT)
 
 

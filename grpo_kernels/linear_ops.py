@@ -54,23 +54,25 @@ def backward(
     targets: Tensor,
     index: Tensor,
     right: Tensor | None,
-    saved: Sequence[Any],
+    saved: list[Any],
     needs: Sequence[bool],
     call: Call,
     backend: str,
 ) -> tuple[Any, ...]:
     """Gradients of hidden, weight and bias, None where they are not needed.
 
-    Of ``hidden``, ``weight`` and ``bias`` a frozen head reads the shape and dtype alone.
+    Of ``hidden``, ``weight`` and ``bias`` a frozen head reads the shape and dtype alone.  Of ``saved`` nothing is left.
     """
     with torch.autocast(grad_logps.device.type, enabled=False):
         c = grad_logps[index]
         if right is not None:
             c = c.masked_fill(~right, torch.nan)
-        fields = linear_head.Saved(*saved)
+        fields = linear_head.Saved.of(saved)
+        saved.clear()  # `fields` alone lets them go
         grads: list[Any] = [None, None, None]
         if needs[0]:
             grads[0] = linear_head.hidden_gradient(c, fields.unit_grad, index, hidden.shape, hidden.dtype, call)
+            fields.unit_grad = None
         if needs[1] or needs[2]:
             chosen = tile_backend(backend, hidden.device, call.dtype)
             grads[1:] = linear_head.weight_gradient(
@@ -103,7 +105,7 @@ def _call(
 ) -> Call:
     budget = ast.literal_eval(memory_budget)
     whose = Shard(*shard) if shard[0] else None
-    return Call(dtype, ignore_index, num_labelled, budget, softcap, logit_scale, grad, whose)
+    return Call(dtype, ignore_index, num_labelled, budget, softcap, logit_scale, grad, whose, apart=False)
 
 
 def _nothing(like: Tensor) -> Tensor:
@@ -133,10 +135,12 @@ def linear_token_logps_fwd(
     call = _call(
         dtype, ignore_index, num_labelled, memory_budget, softcap, logit_scale, grad, group, start, vocabulary
     )  # fmt: skip
-    *results, kept_scale = forward(hidden, weight, bias, targets, needs, call, backend)
+    found = forward(hidden, weight, bias, targets, needs, call, backend)
+    logps, index, right, unit_grad, top, share, miss, kept_scale, *kept = found
     if kept_scale is None and (needs[1] or needs[2]):
-        kept_scale = results[0].new_empty(0, results[1].shape[0])  # no tile was kept, of as many rows
-    return [_nothing(hidden) if result is None else result for result in (*results, kept_scale)]
+        kept_scale = logps.new_empty(0, index.shape[0])  # no tile was kept, of as many rows
+    results = (logps, index, right, unit_grad, top, share, miss, kept_scale, kept[0] if kept else None)
+    return [_nothing(hidden) if result is None else result for result in results]
 
 
 @linear_token_logps_fwd.register_fake
@@ -153,7 +157,7 @@ def _(hidden, weight, bias, targets, needs, dtype, ignore_index, num_labelled, m
     vectors = [hidden.new_empty(rows, dtype=accumulate) if full else _nothing(hidden) for _ in range(3)]
     tiles = [_nothing(hidden), _nothing(hidden)]
     if full:
-        tiles = [hidden.new_empty(kept, dtype=dtype), hidden.new_empty((kept_tiles, rows), dtype=accumulate)]
+        tiles = [hidden.new_empty((kept_tiles, rows), dtype=accumulate), hidden.new_empty(kept, dtype=dtype)]
     return [logps, index, right, unit_grad, *vectors, *tiles]
 
 
@@ -184,9 +188,11 @@ def linear_token_logps_bwd(
         dtype, ignore_index, num_labelled, memory_budget, softcap, logit_scale, grad, group, start, vocabulary
     )  # fmt: skip
     told = None if num_labelled is None else right
-    unit_grad, *others = saved
-    fields = [unit_grad if needs[0] else None, *(others if needs[1] or needs[2] else [None] * len(others))]
-    grads = backward(grad_logps, hidden, weight, bias, targets, index, told, fields, needs, call, backend)
+    *fields, kept_scale, kept = saved
+    tiles = [kept] if kept_scale.shape[0] else []
+    grads = backward(
+        grad_logps, hidden, weight, bias, targets, index, told, [*fields, kept_scale, *tiles], needs, call, backend
+    )
     return [_nothing(hidden) if result is None else result for result in grads]
 
 

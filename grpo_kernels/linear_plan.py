@@ -49,15 +49,17 @@ class Call(NamedTuple):
     """Whether gradients are recorded at all."""
     shard: Shard | None = None
     """Whose words the weight's rows are, where ranks share the vocabulary."""
+    apart: bool = True
+    """Kept tiles in a tensor each, which backward lets go one by one; an operator has to return one for all."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Words [start, stop); offset is where its exponentials lie among the kept words, None where they are not kept."""
+    """Words [start, stop), and whether their exponentials stay from forward to backward."""
 
     start: int
     stop: int
-    offset: int | None = None
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Plan:
         """In the order of forward.  The kept ones come last: backward goes the other way, and finds them in cache."""
         edge = self.vocabulary - self.kept_words
         recomputed = [Tile(a, b) for a, b in _cut(0, edge, self.tile_words)]
-        return recomputed + [Tile(a, b, a - edge) for a, b in _cut(edge, self.vocabulary, self.tile_words)]
+        return recomputed + [Tile(a, b, kept=True) for a, b in _cut(edge, self.vocabulary, self.tile_words)]
 
 
 def make_plan(

@@ -1,9 +1,11 @@
 // See preference_tail.h.  A sequence is one thread's and its sum has a fixed order, and group sums are added pair by
-// pair on one thread, so any number of threads gives the same bits.
+// pair on one thread, after the others have done their part, so any number of threads gives the same bits.
 
 #include "preference_tail.h"
 
 #include <math.h>
+
+#include <vector>
 
 #include "../margin_loss.h"
 
@@ -80,24 +82,26 @@ void tail(const TailArgs& args) {
   T* margins = static_cast<T*>(args.margins);
   T* losses = static_cast<T*>(args.losses);
   T* slopes = static_cast<T*>(args.slopes);
+  std::vector<double> unrounded(args.pairs);  // what group sums take
+  const int threads = args.rows <= kSerialElements ? 1 : args.threads;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < args.pairs; ++i) {
+    const double margin = log_ratio<T>(args, i) - log_ratio<T>(args, i + args.pairs);
+    const ValueAndSlope loss = weighted_loss(args, i, margin);
+    const bool valid = in_range(args, args.group_ids[i]);
+    unrounded[i] = loss.value;
+    margins[i] = static_cast<T>(margin);
+    losses[i] = static_cast<T>(valid ? loss.value : NAN);
+    slopes[i] = static_cast<T>(valid ? loss.slope : NAN);
+  }
   for (int64_t g = 0; g < args.groups; ++g) {
     args.group_sums[g] = 0;
     args.group_counts[g] = 0;
   }
-  const int threads = args.rows <= kSerialElements ? 1 : args.threads;
-#pragma omp parallel for ordered schedule(static, 1) num_threads(threads)
   for (int64_t i = 0; i < args.pairs; ++i) {
-    const double margin = log_ratio<T>(args, i) - log_ratio<T>(args, i + args.pairs);
-    const ValueAndSlope loss = weighted_loss(args, i, margin);
     const int64_t group = args.group_ids[i];
-    const bool valid = in_range(args, group);
-    margins[i] = static_cast<T>(margin);
-    losses[i] = static_cast<T>(valid ? loss.value : NAN);
-    slopes[i] = static_cast<T>(valid ? loss.slope : NAN);
-    // Group sums take the unrounded losses, in the order of pairs.
-#pragma omp ordered
-    if (valid) {
-      args.group_sums[group] += loss.value;
+    if (in_range(args, group)) {
+      args.group_sums[group] += unrounded[i];
       args.group_counts[group] += 1;
     }
   }

@@ -6,9 +6,10 @@ import logging
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo_kernels import linear_plan, linear_token_logps
+from grpo_kernels import linear_head, linear_plan, linear_token_logps
 from grpo_kernels.backends import backends, choose
 from grpo_kernels.linear_plan import make_plan
 
@@ -296,9 +297,37 @@ def test_the_budget_is_kept(budget):
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append((x.shape, x.nbytes)), x)[1], lambda x: x):
         linear_token_logps(hidden, weight, labels, shift=False, memory_budget=budget)
-    assert [n for shape, n in kept if shape == (40 * plan.kept_words,)] == (
-        [plan.kept_bytes] if plan.kept_words else []
-    )
+    for tile in plan.tiles():
+        if tile.kept:
+            kept.remove(((40 * (tile.stop - tile.start),), 40 * (tile.stop - tile.start) * 4))
+    assert all(len(shape) != 1 or shape[0] <= 40 for shape, _ in kept)  # and no other
+
+
+@pytest.mark.parametrize("retain", [False, True])
+def test_backward_lets_kept_tiles_go_as_it_uses_them(monkeypatch, small_tiles, retain):
+    """Unless the graph is retained: then the second backward has the bits of the first."""
+    small_tiles(64)
+    hidden, weight = torch.randn(1, 40, 8).requires_grad_(), torch.randn(300, 8).requires_grad_()
+    labels = torch.randint(0, 300, (1, 40))
+    tiles, alive = [], []
+
+    def mm_into(a, b, out):
+        alive.append(sum(not tile.expired() for tile in tiles))
+        tiles.append(StorageWeakRef(a.untyped_storage()))
+        product(a, b, out)
+
+    product = linear_head._mm_into
+    monkeypatch.setattr(linear_head, "_mm_into", mm_into)
+    loss = linear_token_logps(hidden, weight, labels, shift=False, memory_budget=10**9).sum()
+    first = torch.autograd.grad(loss, [hidden, weight], retain_graph=retain)
+    assert len(alive) > 3
+    assert alive == (list(range(len(alive))) if retain else [0] * len(alive))
+    if retain:
+        second = torch.autograd.grad(loss, [hidden, weight])
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    else:
+        with pytest.raises(RuntimeError, match="second time"):
+            torch.autograd.grad(loss, [hidden, weight])
 
 
 def test_a_plan_says_what_it_will_do():
