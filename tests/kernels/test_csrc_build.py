@@ -122,11 +122,12 @@ def test_cuda_kernels_stay_in_registers(tmp_path, arch):
 @pytest.mark.slow
 @needs_sources
 @needs_cxx
-def test_wheel_works_away_from_the_source_tree(tmp_path):
+def test_wheel_works_away_from_the_source_tree(tmp_path, monkeypatch):
     """Built, installed into a clean virtual environment, and put through the parity matrix there.
 
     Torch comes from the environment that runs this test, by a .pth file that stands behind the wheel's own folder.
     """
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # it may lead to the source tree
     wheels, home = tmp_path / "wheels", tmp_path / "venv"
     run(sys.executable, "-m", "pip", "wheel", ROOT, "--no-deps", "--no-build-isolation", "-w", wheels)
     (wheel,) = wheels.glob("grpo_kernels-*.whl")
