@@ -282,6 +282,17 @@ def restore_tensors(
         target.copy_(ranks.like(target, tensor))
 
 
+def seed_random(seed: int, rank: int) -> None:
+    """Start all random streams of this process; each rank has its own, or dropout would do the same on every one."""
+    # An odd number of 32 bits, 2^32 over the golden ratio: torch's stream on CPU takes no more bits of a seed, and so
+    # no two ranks share one, nor a rank that of another small seed.
+    seed = (seed + rank * 0x9E3779B9) % (1 << 32)
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
+
+
 def random_state() -> tuple[Tensors, dict[str, Any]]:
     """All random streams of this process: torch's as tensors, Python's and NumPy's (where in use) for JSON."""
     tensors = {"torch": torch.get_rng_state()}

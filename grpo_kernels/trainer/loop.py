@@ -7,7 +7,6 @@ every rank runs this loop on its slice of the same batches, and the first one wr
 
 from __future__ import annotations
 
-import random
 import sys
 import time
 from contextlib import ExitStack, nullcontext
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from .. import GroupLossOutput
-from .checkpoint import clear_unfinished, forget_older, load_latest, save_checkpoint, sorted_checkpoints
+from .checkpoint import clear_unfinished, forget_older, load_latest, save_checkpoint, seed_random, sorted_checkpoints
 from .config import TrainConfig
 from .data import PairDataset, PreferenceCollator
 from .distributed import Policy, Ranks, local_part, open_ranks
@@ -143,9 +142,7 @@ class _Job:
                     _say(config, f"no checkpoint in {self.directory}: starting at the beginning")
                 save_config(config, self.directory)
         checkpoint = share_checkpoint(checkpoint, ranks)
-        # Streams of their own, or dropout would do the same on every rank.
-        random.seed(config.seed + (ranks.rank << 32))
-        torch.manual_seed(config.seed + (ranks.rank << 32))
+        seed_random(config.seed, ranks.rank)
 
         average = IterateAverage(self.parameters) if config.optim.average_iterates else None
         state = TrainState(self.model, self.parameters, self.optimizer, self.group_weights, average, ranks)

@@ -27,6 +27,7 @@ from grpo_kernels.trainer.checkpoint import (
     restore_random_state,
     restore_tensors,
     save_checkpoint,
+    seed_random,
     sorted_checkpoints,
 )
 from grpo_kernels.trainer.metrics import Metrics, read_metrics
@@ -196,6 +197,21 @@ def test_random_streams_go_on_where_they_were():
     draw()
     restore_random_state(tensors, scalars)
     assert draw() == expected
+
+
+def test_all_random_streams_are_of_the_seed_and_the_rank():
+    numpy = pytest.importorskip("numpy")
+
+    def draw(seed, rank):
+        seed_random(seed, rank)
+        return torch.rand(3).tolist(), random.random(), numpy.random.rand(3).tolist()
+
+    drawn = [draw(*where) for where in ((0, 0), (0, 1), (1, 0), (0, 2), (2**32 - 1, 1))]
+    for one, *others in zip(*drawn, strict=True):  # of each stream
+        assert one not in others
+    assert draw(0, 1) == drawn[1]
+    seed_random(3, 0)  # the first rank's is the seed's own
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(3)))
 
 
 def test_tensors_that_do_not_fit_are_refused_by_name():
