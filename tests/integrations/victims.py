@@ -216,10 +216,11 @@ def moment(run_dir: Path) -> str:
     """What a run was about when it was killed, by what it left."""
     if not run_dir.exists():
         return "before anything was written"
-    unfinished = [path.name for path in run_dir.rglob(".*")]
+    unfinished = sorted(run_dir.rglob(".*"))
     if unfinished:
-        what = unfinished[0].removeprefix(".").split(".")[0]
-        return f"while writing {what if not what.startswith(('step', 'tmp')) else 'a checkpoint'}"
+        inside = unfinished[0].relative_to(run_dir).parts
+        names = {"checkpoints": "a checkpoint", "reference": "the reference"}
+        return f"while writing {names.get(inside[0], inside[0].removeprefix('.').split('.')[0])}"
     if not list((run_dir / "checkpoints").glob("step-*")):
         return "before the first checkpoint"
     if (run_dir / "checkpoints" / "step-00000006").exists():
