@@ -60,6 +60,12 @@ def check_floating(name: str, tensor: Any) -> None:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {describe(tensor)}")
 
 
+def check_untransformed(name: str, tensor: torch.Tensor) -> None:
+    """Not inside ``torch.func``, whose grad and vmap hand in tensors without memory that a kernel could read."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        raise TypeError(f"{name} must not be inside a transform of torch.func (grad, vmap); use torch.autograd.grad")
+
+
 def check_loss_settings(beta: float, loss_type: str, label_smoothing: float) -> None:
     """β > 0; a known loss; smoothing in [0, 1/2), and only where it is defined."""
     if not 0 < check_number("beta", beta) < math.inf:
@@ -78,6 +84,7 @@ def check_loss_settings(beta: float, loss_type: str, label_smoothing: float) -> 
 def check_logits(logits: Any, labels: Any, cu_seqlens: Any, *, sharded: bool) -> None:
     """Padded (2B, T, V) with labels (2B, T), or packed (rows, V) with labels (rows,) and cu_seqlens (2B+1,)."""
     check_floating("logits", logits)
+    check_untransformed("logits", logits)
     dims = 3 if cu_seqlens is None else 2
     if logits.dim() != dims:
         shape = "(2B, T, V), padded" if dims == 3 else "(rows, V), packed, where cu_seqlens is given"

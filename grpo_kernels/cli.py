@@ -153,7 +153,7 @@ def _train(arguments: list[str]) -> int:
 
 
 def _eval(arguments: list[str]) -> int:
-    from .trainer.evaluate_model import EvalConfig, defaults_for, evaluate_model, groups_of
+    from .trainer.evaluate_model import EvalConfig, defaults_for, evaluate_model, groups_of, is_run
 
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError("eval runs in one process: start it without torchrun")
@@ -166,6 +166,10 @@ def _eval(arguments: list[str]) -> int:
     average = any(flag in ("--average", "--average=true") for flag in rest)
     defaults = defaults_for(target, average) if target is not None else {}
     config = _parse(EvalConfig, rest, usage, _EVAL_ABOUT, defaults)
+    if target is not None and not config.data.test and not is_run(target):
+        what = "is the folder of neither a run nor a model" if Path(target).is_dir() else "is no folder of a run"
+        if not (Path(target) / "config.json").is_file():
+            raise ValueError(f"{target!r} {what}; to evaluate a model of the hub, name pairs with --data.test")
     report = evaluate_model(config, groups_of(target) if target is not None else None)
     if config.json:
         print(json.dumps(report.to_dict(), indent=2))  # in ASCII: the name of a group may hold anything
@@ -246,7 +250,7 @@ def _parse(
     except ImportError as error:
         raise ImportError("the trainer's commands need its packages: pip install 'grpo-kernels[train]'") from error
 
-    from .trainer.config_file import check_config_file
+    from .trainer.config_file import check_config_file, did_you_mean, is_setting
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog="grpo-kernels", usage=usage, description=description, exit_on_error=False)
@@ -256,12 +260,19 @@ def _parse(
         parser.set_defaults(defaults or {})
     except KeyError as error:
         raise ValueError(f"the configuration of the run is not one of this version: {error.args[0]}") from error
+    settings = list(parser.get_defaults().keys())
     for name in _config_files(arguments):
-        check_config_file(name)
+        check_config_file(name, settings)
     switches = {f"--{f.name}" for f in fields(kind) if f.type in (bool, "bool")}
+    arguments = _with_values(arguments, switches)
     try:
-        parsed = parser.parse_args(_with_values(arguments, switches))
+        parsed = parser.parse_args(arguments)
     except ArgumentError as error:
+        flags = (argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--"))
+        wrong = next((flag for flag in flags if not is_setting(flag, [*settings, "help"])), None)
+        if wrong is not None and "unrecognized" in str(error):
+            hint = did_you_mean(f"--{wrong}", [f"--{name}" for name in settings])
+            raise ValueError(f"there is no flag --{wrong}{hint}") from error
         raise ValueError(str(error)) from error
     for f in fields(kind):
         if is_dataclass(f.default_factory) and not hasattr(parsed[f.name], "keys"):

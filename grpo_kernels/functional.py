@@ -26,6 +26,7 @@ from .checks import (
     check_overwrite,
     check_pairs,
     check_sums,
+    check_untransformed,
     describe,
     is_dense,
 )
@@ -155,6 +156,7 @@ def preference_loss(
     """
     if not is_dense(policy_logps) or policy_logps.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"policy_logps must be a float32 or float64 tensor, got {describe(policy_logps)}")
+    check_untransformed("policy_logps", policy_logps)
     if policy_logps.dim() != 1:
         raise ValueError(f"policy_logps must have shape (2B,), got {describe(policy_logps)}")
     check_loss_settings(beta, loss_type, label_smoothing)

@@ -22,6 +22,7 @@ from .checks import (
     check_loss_settings,
     check_number,
     check_pairs,
+    check_untransformed,
     describe,
     is_dense,
 )
@@ -260,6 +261,7 @@ def _check_inputs(hidden: Any, weight: Any, labels: Any, cu_seqlens: Any, head: 
     """Everything about one call but the pairs and the labels' values; returns the number of sequences."""
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         check_floating(name, tensor)
+        check_untransformed(name, tensor)
     dims = 3 if cu_seqlens is None else 2
     if hidden.dim() != dims:
         shape = "(2B, T, H), padded" if dims == 3 else "(rows, H), packed, where cu_seqlens is given"

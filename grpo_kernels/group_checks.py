@@ -16,7 +16,8 @@ from .checks import FLOATS, check_floating, check_number, describe, is_dense, va
 def check_in(name: str, value: Any, *, low: float, high: float = math.inf) -> None:
     """A finite number in [low, high]."""
     if not (low <= check_number(name, value) <= high and math.isfinite(value)):
-        raise ValueError(f"{name} must be in [{low:g}, {high:g}] and finite, got {value!r}")
+        bounds = f"finite and at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+        raise ValueError(f"{name} must be {bounds}, got {value!r}")
 
 
 def check_step(log_alpha: Any, group_losses: Any, group_lr: Any, adjustment: Any) -> None:

@@ -85,12 +85,16 @@ class LossConfig:
 
     type: LossType = "sigmoid"
     beta: float = 0.1
+    """How closely the policy is held to the reference: margins are beta times the difference of log-ratios."""
     label_smoothing: float = 0.0
+    """Share of the pairs taken to be labelled the wrong way round; of sigmoid and robust."""
     length_normalize: bool = False
+    """Divide the log-ratio of each reply by its number of tokens."""
     fused_head: bool = True
     """Take the loss from hidden states and the LM head's weight, where the model is known to allow it; logits never
     exist.  False: from the model's logits."""
     backend: str = "auto"
+    """auto, torch, cpu, cuda or triton: who computes; grpo-kernels info says which are here."""
 
 
 @dataclass
@@ -102,9 +106,13 @@ class GroupsConfig:
     group_lr: float = 0.1
     """eta_alpha of gr_dpo."""
     estimator: Literal["importance", "group_mean"] = "importance"
+    """What a batch says of a group: its losses over its share of the pairs (the paper), or their mean."""
     prior: Literal["uniform", "proportional"] = "uniform"
+    """Where the weights begin, and what mixing pulls them towards: 1/G or N_g/N."""
     mixing: float = 0.0
+    """Share of the prior in the weights that are used: none falls below mixing times its prior."""
     size_adjustment: float = 0.0
+    """Adds this over the root of a group's size to its loss: small groups are given more."""
 
 
 @dataclass
@@ -167,6 +175,7 @@ class TrainConfig:
     resume: bool = False
     """Go on from the last checkpoint in ``run_dir``, bit for bit."""
     seed: int = 0
+    """Of the order of pairs, of dropout and of what is drawn at the start."""
     steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 64
@@ -179,11 +188,13 @@ class TrainConfig:
     bf16: bool = False
     """Autocast the forward pass to bfloat16."""
     device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     eval_every: int = 100
     """Steps between evaluations; 0: only at the end."""
     save_every: int = 0
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: int = 2
+    """The latest that stay; older ones are removed once a later one is whole."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl; a line holds means over the steps since the one before."""
     tensorboard: bool = True

@@ -96,7 +96,10 @@ def refuse_existing(path: Path, *, overwrite: bool, resume: bool) -> None:
     if held <= {LOCK}:
         return
     if not (overwrite or resume):
-        raise ValueError(f"run_dir {path} exists and is not empty; say overwrite or resume, or name another folder")
+        raise ValueError(
+            f"run_dir {path} exists and is not empty; say overwrite or resume "
+            "(--overwrite, --resume), or name another folder"
+        )
     if LOCK not in held:  # every run leaves one
         raise ValueError(
             f"run_dir {path} holds no run ({min(held)!r} is there), and only a run is gone on with or replaced; name "

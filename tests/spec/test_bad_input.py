@@ -17,6 +17,7 @@ from grpo_kernels import (
     UnavailableBackendError,
     exponentiated_step,
     fused_grpo_loss,
+    linear_token_logps,
     preference_loss,
     sequence_logps,
     token_logps,
@@ -281,3 +282,16 @@ def test_group_weights_name_bad_settings(argument, came, error, changes):
 def test_exponentiated_step_names_bad_arguments(argument, error, arguments):
     with pytest.raises(error, match=argument):
         exponentiated_step(*arguments)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap])
+def test_transforms_of_torch_func_are_refused_by_name(backend, transform):
+    """PyTorch's own messages speak of storage and of ``setup_context``."""
+    with pytest.raises(TypeError, match=r"logits must not be inside a transform of torch.func"):
+        transform(lambda logits: fused(logits=logits, backend=backend).loss)(GOOD.logits)
+    with pytest.raises(TypeError, match=r"policy_logps must not be inside a transform of torch.func"):
+        torch.func.grad(lambda sums: of_sums(policy_logps=sums, backend=backend).loss)(torch.zeros(8))
+    hidden, weight = torch.randn(8, 7, 5), torch.randn(13, 5)
+    with pytest.raises(TypeError, match=r"weight must not be inside a transform of torch.func"):
+        torch.func.grad(lambda w: linear_token_logps(hidden, w, GOOD.labels, backend=backend).sum())(weight)
