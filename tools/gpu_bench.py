@@ -1,200 +1,150 @@
-"""Times of every backend on this GPU, beside plain PyTorch and torch.compile: the rows that ``gpu_check.py`` keeps.
+"""What ``gpu_check.py`` measures in a minute and a half: those cases of ``python -m benchmarks`` that say most.
 
-Each variant does the same work, log-probabilities of the targets and the gradient of the logits, through autograd.
-A variant whose result is wrong gets no time.  Rounds are interleaved, so that a clock that sags sags for all; medians.
-GB/s is by formula (one read forward; one read and one write backward), beside a copy of the same bytes in the same run.
+    python tools/gpu_bench.py --csv FILE [--seconds 95]
+
+Log-probabilities and the gradient of 16384 x 128256 logits, the LM head of Llama-3-8B over 16384 rows, the tail.
+The rows of a case are of one interleaved run: our backends, PyTorch, ``torch.compile``, Liger, TRL and other peers
+where they are installed ("absent" where not), a copy and the bare GEMMs.  "x floor" is the time over that of the GEMMs
+that the head's plan asks for, at cuBLAS's rate in that run.  A variant whose result is wrong gets no time.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import statistics
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from grpo_kernels import backends, token_logps
-from grpo_kernels.backends import choose
+from benchmarks import head, logps, suite, tail
+from benchmarks.shapes import LLAMA, Batch
+from grpo_kernels.linear_plan import make_plan
 
-SHAPES = [(16384, 128256, torch.bfloat16), (8192, 32000, torch.float32), (8192, 50257, torch.bfloat16)]
-TAILS = [(64, 256, 4), (64, 4096, 4), (64, 256, 10000)]
-COLUMNS = ["what", "variant", "dtype", "ms", "p10", "p90", "GB/s", "of copy", "peak MiB", "error"]
-ROUNDS = 15
+COLUMNS = {
+    "variant": "variant", "ms": "ms", "q1_ms": "q1", "q3_ms": "q3", "vs_ours": "vs ours", "of_copy": "of copy",
+    "of_gemm": "of GEMMs", "floor": "x floor", "peak_mib": "peak MiB", "error": "error", "error_grad": "error grad",
+    "status": "status",
+}  # fmt: skip
+"""Of a row of the benchmarks, and what it is called in the file."""
 
-Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def plain(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """What people write: log_softmax in float32, then gather."""
-    return torch.log_softmax(logits.float(), dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-
-
-def variants() -> dict[str, Function]:
-    found: dict[str, Function] = {}
-    for name in ("triton", "cuda", "torch"):
-        if backends()[name] is None:
-            found[name] = lambda z, y, name=name: token_logps(z, y, shift=False, backend=name)
-    return {**found, "eager": plain, "torch.compile": torch.compile(plain)}
+ROWS_16K = Batch("16384 rows", 8, 1024)
+SLOW_TO_COMPILE = ["torch.compile"]
 
 
-def milliseconds(function: Callable[[], object]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+class Job(NamedTuple):
+    """One case of one command."""
+
+    module: object
+    command: str
+    case: object
+    skip: list[str]
 
 
-def row(what: str, variant: str, dtype: object, times: list[float], moved: float = 0, copy: float = 0, **more) -> dict:
-    """One line of the table; ``moved`` in bytes, ``copy`` in bytes a second."""
-    times = sorted(times)
-    median = statistics.median(times)
-    rate = moved / median * 1e3
-    line = {
-        "what": what, "variant": variant, "dtype": str(dtype).removeprefix("torch."), "ms": f"{median:.3f}",
-        "p10": f"{times[len(times) // 10]:.3f}", "p90": f"{times[-1 - len(times) // 10]:.3f}",
-    }  # fmt: skip
-    if moved:
-        line["GB/s"] = f"{rate / 1e9:.0f}"
-    if copy:
-        line["of copy"] = f"{rate / copy:.0%}"
-    return {**dict.fromkeys(COLUMNS, ""), **line, **more}
-
-
-def failed(what: str, variant: str, dtype: object, why: object) -> dict:
-    first = str(why).strip().splitlines()[0][:60] if str(why).strip() else type(why).__name__
-    line = {"what": what, "variant": variant, "dtype": str(dtype).removeprefix("torch."), "error": first}
-    return {**dict.fromkeys(COLUMNS, ""), **{key: text.replace(",", ";") for key, text in line.items()}}
-
-
-def error_of(function: Function, logits: torch.Tensor, labels: torch.Tensor, grads: torch.Tensor) -> float:
-    """Largest error of the logps of some rows, and of the gradient relative to its largest entry, against float64."""
-    part = slice(0, min(64, logits.shape[1]))
-    z = logits[:, part].detach().clone().requires_grad_()
-    logps = function(z, labels[:, part])
-    (got,) = torch.autograd.grad(logps, z, grads[:, part])
-    exact = z.detach().double().requires_grad_()
-    truth = torch.log_softmax(exact, -1).gather(-1, labels[:, part].unsqueeze(-1)).squeeze(-1)
-    (want,) = torch.autograd.grad(truth, exact, grads[:, part].double())
-    # float32 holds z - lse to some 1e-6, which the exponential hands on; bfloat16's own rounding is larger.
-    step = max(torch.finfo(logits.dtype).eps, 2.0**-18)
-    gradient_error = ((got.double() - want).abs().max() / want.abs().max()).item() / (2 * step)
-    return max((logps.double() - truth).abs().max().item(), gradient_error * 1e-4)
-
-
-def vocabulary_rows(rows: int, vocabulary: int, dtype: torch.dtype, ends: float) -> list[dict]:
-    size = rows * vocabulary * dtype.itemsize
-    # Eager holds the logits in float32 three times over: leave it room, and all variants the same rows.
-    while size * 8 * (4 / (2 * dtype.itemsize)) > torch.cuda.mem_get_info()[0]:
-        rows, size = rows // 2, size // 2
-    what = f"{rows}x{vocabulary}"
-    logits = torch.empty(1, rows, vocabulary, dtype=dtype, device="cuda").normal_().mul_(3).requires_grad_()
-    labels = torch.randint(0, vocabulary, (1, rows), device="cuda")
-    grads = torch.randn(1, rows, device="cuda")
-    steps: dict[tuple[str, str], Callable[[], object]] = {}
-    lines, errors, peaks = [], {}, {}
-    for name, function in variants().items():
-
-        def forward(function=function):
-            with torch.no_grad():
-                return function(logits, labels)
-
-        def both(function=function):
-            return torch.autograd.grad(function(logits, labels), logits, grads)
-
-        try:
-            errors[name] = error_of(function, logits, labels, grads)
-            if not errors[name] < 1e-4:
-                raise ValueError(f"wrong: error {errors[name]:.1e}; not timed")
-            for part, step in (("forward", forward), ("forward+backward", both)):
-                step()
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-                step()
-                torch.cuda.synchronize()
-                peaks[name, part] = (torch.cuda.max_memory_allocated() - before) >> 20
-                steps[name, part] = step
-        except Exception as error:
-            lines.append(failed(what, name, dtype, error))
-            steps = {key: step for key, step in steps.items() if key[0] != name}
-    target = torch.empty_like(logits)
-    steps["copy", "copy"] = lambda: target.copy_(logits.detach())
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
-    for _ in range(ROUNDS):
-        if time.monotonic() > ends and times["copy", "copy"]:
-            break
-        for key, step in steps.items():
-            times[key].append(milliseconds(step))
-    copy = 2 * size / statistics.median(times["copy", "copy"]) * 1e3
-    for (name, part), seen in times.items():
-        passes = {"forward": 1, "forward+backward": 3, "copy": 2}[part]
-        extra = {} if name == "copy" else {"error": f"{errors[name]:.0e}", "peak MiB": str(peaks[name, part])}
-        lines.append(row(f"{what} {part}", name, dtype, seen, passes * size, copy, **extra))
-    return lines
-
-
-def tail_rows(pairs: int, length: int, groups: int) -> list[dict]:
-    """The tail alone, replayed from a CUDA graph so that launches do not count."""
-    rows, lines, what = 2 * pairs * length, [], f"tail {2 * pairs}x{length} G={groups}"
-    logps, targets = -torch.rand(rows, device="cuda"), torch.zeros(rows, dtype=torch.int64, device="cuda")
-    ids = torch.randint(0, groups, (pairs,), device="cuda")
-    sizes = (2 * pairs, 2 * pairs, pairs, 2 * pairs, pairs, pairs, groups, groups, groups)
-    outputs = [torch.zeros(n, device="cuda") for n in sizes]
-    outputs[1], outputs[6], outputs[7] = outputs[1].double(), outputs[6].double(), outputs[7].long()
-    for name in ("triton", "cuda"):
-        if backends()[name] is not None:
-            continue
-        module = choose(name, torch.device("cuda"), torch.float32)
-
-        def run(module=module):
-            module.preference_tail(
-                logps, targets, None, None, ids, None, *outputs, loss_type=0, beta=0.1, label_smoothing=0.0,
-                length_normalize=False, ignore_index=-100,
-            )  # fmt: skip
-
-        try:
-            run()
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                for _ in range(20):
-                    run()
-            times = [milliseconds(graph.replay) / 20 for _ in range(ROUNDS)]
-            lines.append(row(what, name, torch.float32, times, 12 * rows))
-        except Exception as error:
-            lines.append(failed(what, name, torch.float32, error))
-    return lines
+JOBS = [
+    Job(logps, "logps", logps.Case("16384 x 128256", logps.BOTH, "bfloat16", 16384, 128256), []),
+    # Compiling this head takes longer than measuring it, and on the logits above the compiler is there.
+    Job(head, "head", head.Case(LLAMA, ROWS_16K, head.FULL, "bfloat16"), SLOW_TO_COMPILE),
+    Job(head, "head", head.Case(LLAMA, ROWS_16K, head.FROZEN, "bfloat16"), SLOW_TO_COMPILE),
+    Job(tail, "tail", tail.Case(tail.TAIL, 64, 4), SLOW_TO_COMPILE),
+    Job(tail, "tail", tail.Case(tail.TAIL, 4096, 10000), SLOW_TO_COMPILE),
+    Job(logps, "logps", logps.Case("8192 x 32000", logps.BOTH, "float32", 8192, 32000), SLOW_TO_COMPILE),
+]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--csv", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=75, help="no new measurement begins after this")
-    arguments = parser.parse_args()
+    parser.add_argument("--csv", type=Path, required=True, help="where the rows go; written after every case")
+    parser.add_argument("--seconds", type=float, default=95, help="no new case begins after this")
+    options = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu_bench: PyTorch sees no GPU on this machine", file=sys.stderr)
         return 2
-    ends = time.monotonic() + arguments.seconds
-    lines: list[dict] = []
-    jobs = [lambda shape=shape: tail_rows(*shape) for shape in TAILS]
-    jobs += [lambda shape=shape: vocabulary_rows(*shape, ends) for shape in SHAPES]
+    return measure(JOBS, torch.device("cuda"), options.csv, time.monotonic() + options.seconds)
+
+
+def measure(jobs: list[Job], device: torch.device, path: Path, ends: float) -> int:
+    """All cases for which there is time; 1 if one of ours was wrong or failed."""
+    lines: list[dict[str, str]] = []
+    broken = 0
     for job in jobs:
-        if time.monotonic() < ends:
-            lines += job()
+        if time.monotonic() > ends:
+            lines.append({"what": title(job.case), "status": "no time left"})
+        else:
+            try:
+                rows = run(job, device, ends)
+            except Exception as error:  # what comes after is measured all the same
+                traceback.print_exc()
+                broken += 1
+                lines.append({"what": title(job.case), "status": f"failed: {type(error).__name__}"})
+            else:
+                broken += sum(suite.ours_is_broken(row) for row in rows)
+                lines += with_floor(job, rows, device)
+        write(lines, path)
+        if device.type == "cuda":
             torch.cuda.empty_cache()
-            # After each job, so that a run which is stopped leaves what it has.
-            with open(arguments.csv, "w", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS)
-                writer.writeheader()
-                writer.writerows(lines)
-    print(f"{len(lines)} rows in {arguments.csv.name}")
-    return 1 if any(line["error"].startswith("wrong") for line in lines) else 0
+    print(f"{len(lines)} rows in {path.name}")
+    return 1 if broken else 0
+
+
+def write(lines: list[dict[str, str]], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["what", *COLUMNS.values()])
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def run(job: Job, device: torch.device, ends: float) -> list[suite.Row]:
+    options = Namespace(device=device.type, skip=job.skip, memory=False, ends=ends)
+    fields = {**job.case.fields(), "clock": "wall"}
+    print(f"\n{title(job.case)}", flush=True)
+    settings = job.module.SETTINGS
+    return suite.run_case(job.command, job.case, job.module.build(job.case, device), fields, options, settings)
+
+
+def title(case: suite.Case) -> str:
+    fields = case.fields()
+    return f"{fields['case']}, {fields['work']}, {fields['dtype']}"
+
+
+def with_floor(job: Job, rows: list[suite.Row], device: torch.device) -> Iterator[dict[str, str]]:
+    """The rows as they stand in the file; those of the head beside the GEMMs of their plan."""
+    bare = next((row["ms"] for row in rows if row["variant"] == suite.GEMMS and "ms" in row), None)
+    for row in rows:
+        gemms = gemms_of(job.case, str(row["variant"]), device) if job.command == "head" else None
+        if bare and gemms and "ms" in row:
+            row["floor"] = row["ms"] / (bare * gemms / 3)
+        yield {"what": title(job.case), **{label: shown(name, row.get(name)) for name, label in COLUMNS.items()}}
+
+
+def gemms_of(case: head.Case, variant: str, device: torch.device) -> float | None:
+    """How many times 2 * rows * V * H operations the plan of one of our variants takes; None for the others."""
+    if not variant.startswith(suite.OURS) or "through logits" in variant:
+        return None
+    budget: int | str = 0 if variant.endswith("budget 0") else "auto"
+    full = case.work == head.FULL
+    plan = make_plan(
+        case.batch.rows, case.head.hidden, case.head.vocabulary, getattr(torch, case.dtype), device, budget,
+        grad_hidden=case.work != head.NO_GRADIENT, grad_weight=full,
+    )  # fmt: skip
+    return plan.gemms
+
+
+FORMS: dict[str, Callable[[float], str]] = {
+    "of_copy": "{:.0%}".format, "of_gemm": "{:.0%}".format, "vs_ours": "{:.2f}".format, "floor": "{:.2f}".format,
+    "peak_mib": "{:.0f}".format, "error": "{:.0e}".format, "error_grad": "{:.0e}".format,
+}  # fmt: skip
+
+
+def shown(name: str, value: object) -> str:
+    if value is None:
+        return ""
+    return FORMS.get(name, "{:.4g}".format)(value) if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

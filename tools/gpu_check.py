@@ -13,6 +13,7 @@ Exit status: 0 if every command passed, 1 if one did not, 2 without a GPU.
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib.util
 import json
 import os
@@ -214,13 +215,27 @@ def machine() -> dict[str, str]:
 def table(results: list[Result], facts: dict[str, str], bench: Path) -> str:
     lines = [f"{facts['device']}, driver {facts['driver']}, torch {facts['torch']}, triton {facts['triton']}", ""]
     if bench.exists():
-        # The rows last measured, aligned; the whole is in the file.
-        rows = [line.split(",") for line in bench.read_text().splitlines()]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows] + [""]
+        with bench.open(newline="") as file:
+            lines += [*measured(list(csv.DictReader(file))), ""]
     lines += [f"{'step':<12}{'status':<9}{'seconds':>8}  detail"]
     lines += [f"{r.step:<12}{r.status:<9}{r.seconds:>8.0f}  {r.detail[:240]}" for r in results]
     return "\n".join(lines)
+
+
+def measured(rows: list[dict[str, str]]) -> list[str]:
+    """The benchmark's rows case by case; what is not installed, in one line."""
+    shown = [row for row in rows if not row["status"].startswith("absent")]
+    names = [name for name in (rows[0] if rows else {}) if name not in ("what", "status")]
+    widths = {name: max([len(name), *(len(row[name] or "") for row in shown)]) for name in names}
+    lines, before = [], None
+    for row in shown:
+        if row["what"] != before:
+            before = row["what"]
+            lines += [before, "  " + "  ".join(name.ljust(widths[name]) for name in names).rstrip()]
+        told = "" if row["status"] == "ok" else "  " + row["status"][:100]
+        lines.append("  " + "  ".join((row[name] or "").ljust(widths[name]) for name in names).rstrip() + told)
+    absent = {f"{row['variant']} ({row['status'].removeprefix('absent: ')})" for row in rows if row not in shown}
+    return [*lines, *(["absent: " + "; ".join(sorted(absent))] if absent else [])]
 
 
 def gpu_reason() -> str | None:
