@@ -108,8 +108,8 @@ def head_bytes(
     """The most that the fused head holds at one time beyond hidden and this rank's words of the weight.
 
     Forward: labelled rows of hidden, the sum of exponentials times W in float32, one product (which a CPU widens to add
-    it), the tile.  Backward: that sum, dh, the rows again, dW and the tile, or with all kept a copy of the rows for
-    each kept tile.  Throughout: 8 numbers a row, and what is kept.
+    it), the tile.  Backward: that sum and dh; then, without the sum, the rows again, dW and the tile, or with all kept
+    a copy of the rows for each kept tile.  Throughout: 8 numbers a row, and what is kept.
     """
     each, chunk = rows * hidden, min(rows * hidden, (1 << 22) if bytes_of_product == HALF else (1 << 26))
     widened = SINGLE if bytes_of_product == HALF else 0
@@ -119,7 +119,7 @@ def head_bytes(
     backward = each * (SINGLE + HALF) + chunk * (SINGLE + HALF)
     if not frozen:
         scaled = each * HALF + chunk * (SINGLE + widened) if kept else 0
-        backward = max(backward, each * (SINGLE + 2 * HALF) + words * hidden * HALF + tile + scaled)
+        backward = max(backward, each * 2 * HALF + words * hidden * HALF + tile + scaled)
     return always + max(forward, backward)
 
 
