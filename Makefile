@@ -12,7 +12,7 @@ PIP := $(PY) -m pip --quiet --disable-pip-version-check
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-nightly gpu-check bench bench-report paper lint format clean
+.PHONY: help demo test test-slow test-nightly gpu-check bench bench-report audit paper lint format clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -40,6 +40,12 @@ bench: $(VENV)/.bench ## times and memory on this CPU beside PyTorch and the pee
 bench-report: $(VENV)/.bench ## benchmarks/report.md, its figures and the README's table, from benchmarks/results/
 	$(PY) -m benchmarks report
 
+# In an environment of its own: what it needs is nothing that is pinned here.  Strict, or no answer would count as none.
+audit: ## known vulnerabilities of the pinned packages; needs a network
+	$(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1
+	$(VENV)-audit/bin/pip-audit --disable-pip --no-deps -s osv --strict -r constraints.txt
+
 paper: $(VENV)/.train ## the paper's bandit study: docs/paper.md and docs/figures/
 	$(PY) -m experiments.bandits
 
@@ -53,7 +59,7 @@ format: $(VENV)/.dev ## put every file into ruff's form
 	$(PY) -m ruff format .
 
 clean: ## forget the environment and everything built
-	rm -rf $(VENV) build dist *.egg-info grpo_kernels/*.so
+	rm -rf $(VENV) $(VENV)-audit build dist *.egg-info grpo_kernels/*.so
 
 -include csrc/csrc.mk
 
