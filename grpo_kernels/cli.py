@@ -301,5 +301,17 @@ def _with_values(arguments: list[str], switches: set[str]) -> list[str]:
     return given
 
 
+def run() -> NoReturn:
+    """:func:`main` as a program."""
+    code = main()
+    if "RANK" in os.environ:
+        # DDP's process group outlives its destruction, and gloo's threads may want a lock of an interpreter that is
+        # being taken down: rarely, a run that had done everything ended with SIGABRT.  Nothing is left to take down.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

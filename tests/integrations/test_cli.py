@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,18 @@ def test_a_users_error_is_one_line_that_names_it(capsys, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     assert said in error(capsys, *arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_leaves_without_taking_its_interpreter_down():
+    """Threads of a process group that outlived its destruction could abort it, after all was done."""
+    code = "import atexit; from grpo_kernels import cli; atexit.register(print, 'taken down'); cli.run()"
+    for rank, arguments, ends in (("0", ["info"], 0), ("1", ["nosuch"], 2), (None, ["info"], 0)):
+        environment = {name: value for name, value in os.environ.items() if name != "RANK"}
+        environment |= {} if rank is None else {"RANK": rank}
+        done = subprocess.run([sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True)
+        assert done.returncode == ends, done.stderr
+        assert ("taken down" in done.stdout) == (rank is None)
+        assert "backends" in done.stdout or "no command 'nosuch'" in done.stderr  # nothing that was printed is lost
 
 
 def test_a_fault_of_the_package_keeps_its_traceback(monkeypatch):

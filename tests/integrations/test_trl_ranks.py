@@ -42,6 +42,7 @@ def worker(rank, folder):
     done = {name: results(f"{folder}/{name}", settings, size // RANKS) for name, (settings, size) in RUNS.items()}
     torch.save(done, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+    os._exit(0)  # as the trainer's command does: gloo's threads live on, and may abort an interpreter that ends
 
 
 @pytest.fixture(scope="module")
