@@ -100,3 +100,8 @@ def die_at(monkeypatch, step: int, error: BaseException | None = None) -> None:
 def lines(run_dir: str | Path) -> list[dict]:
     """The records of metrics.jsonl."""
     return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Everything below a folder with its bytes, None for what is no file."""
+    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
