@@ -12,7 +12,7 @@ PIP := $(PY) -m pip --quiet --disable-pip-version-check
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-nightly gpu-check bench bench-report audit paper lint format clean
+.PHONY: help demo test test-slow test-nightly gpu-check gpu-cache bench bench-report audit paper lint format clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -31,8 +31,24 @@ test-nightly: $(VENV)/.dev ## the long ones with more cases: 50,000 drawn ones, 
 
 OUT ?= runs/gpu-check
 # Uses the Python that is there, with its torch, and no network: a machine with a GPU is rarely one's own.
-gpu-check: ## on a machine with an NVIDIA GPU: build, GPU tests, sanitizer, benchmark rows; OUT=DIR
-	$(PYTHON) tools/gpu_check.py --out $(OUT)
+gpu-check: ## on a machine with an NVIDIA GPU: proof, times, tests in 7 minutes; OUT=DIR [ONLY=STEPS CACHE=FILE COMMIT=SHA]
+	$(PYTHON) tools/gpu_check.py --out $(OUT) $(if $(ONLY),--only $(ONLY)) $(if $(CACHE),--cache $(CACHE)) \
+	  $(if $(COMMIT),--commit $(COMMIT))
+
+# The keys of Triton's cache have its release in them, and its build for one Python: those of the machine with the GPU.
+#   make gpu-cache TRITON=3.6.0 FOR_PYTHON=3.12
+THERE = build/triton-$(TRITON)
+gpu-cache: OUT = runs/gpu-cache.tar.xz
+gpu-cache: $(VENV)/.dev ## compile the Triton kernels for a GPU elsewhere: OUT=FILE [TRITON=3.6.0 FOR_PYTHON=3.12 ARCH=90]
+ifdef TRITON
+	test -d $(THERE)/triton || $(PIP) install --no-deps --target $(THERE) triton==$(TRITON)
+endif
+ifdef FOR_PYTHON
+	test -d $(THERE)/for-$(FOR_PYTHON) || $(PIP) download --no-deps --only-binary=:all: \
+	  --python-version $(FOR_PYTHON) -d $(THERE)/for-$(FOR_PYTHON) triton==$(TRITON)
+endif
+	$(if $(TRITON),PYTHONPATH=$(CURDIR)/$(THERE)) $(PY) tools/gpu_cache.py --out $(OUT) --architecture $(or $(ARCH),90) \
+	  $(if $(FOR_PYTHON),--there $(THERE)/for-$(FOR_PYTHON)/*.whl)
 
 bench: $(VENV)/.bench ## times and memory on this CPU beside PyTorch and the peers: under 10 minutes on 4 quiet cores
 	$(PY) -m benchmarks logps head tail step overhead --device cpu --seconds 560

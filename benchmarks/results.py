@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.prove import RESULTS, describe_device, describe_software
+from benchmarks.prove import RESULTS, describe_software
 from grpo_kernels import UnavailableBackendError
 from grpo_kernels.backends import choose, device_kind
+from grpo_kernels.backends.cache import describe_device
 
 CASE = ("case", "work", "dtype", "clock", "rows", "labelled", "vocabulary", "hidden", "pairs", "groups", "curve")
 """What was to be done.  rows: tokens; labelled: those of them that are scored; curve: what a scaling curve varies."""
@@ -68,7 +69,7 @@ def made(device: torch.device) -> Row:
             continue
     return {
         "device": where["device"],
-        "driver": where.get("driver", ""),
+        "driver": "" if device.type == "cpu" else where["driver"],
         "isa": _isa(device),
         "threads": software["threads"],
         "versions": " ".join(f"{name}={version}" for name, version in versions.items()),

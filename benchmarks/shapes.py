@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 
 IGNORE_INDEX = -100
+REPEATED = (1 << 20) - 3
+"""Random numbers that large tensors repeat: odd, so that rows of an even width do not all repeat one another."""
 
 
 class Head(NamedTuple):
@@ -74,6 +76,6 @@ def labels_of(batch: Batch, vocabulary: int, generator: torch.Generator) -> torc
 def normal(shape: tuple[int, ...], scale: float, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     """Normal numbers on the generator's device.  Large tensors repeat a million of them: drawing takes as long as the
     work, and a fresh process for every variant draws anew."""
-    size, most = math.prod(shape), (1 << 20) - 3  # odd, so that rows of an even width do not all repeat one another
-    block = torch.empty(min(size, most), device=generator.device).normal_(generator=generator).mul_(scale).to(dtype)
+    size = math.prod(shape)
+    block = torch.empty(min(size, REPEATED), device=generator.device).normal_(generator=generator).mul_(scale).to(dtype)
     return block.repeat(-(-size // block.numel()))[:size].view(shape)

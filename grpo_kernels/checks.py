@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .backends import choose
+from .backends import decided
 from .types import LOSS_TYPES, SMOOTHED_LOSS_TYPES
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -223,7 +223,7 @@ def values_are_readable(tensor: torch.Tensor) -> bool:
 
 def _range(integers: torch.Tensor, ignored: int = 0) -> tuple[int, int]:
     """Smallest and largest of 0, which is in every range here, and the values that are not ignored."""
-    return choose("auto", integers.device, torch.float32).integer_range(integers, ignored)
+    return decided(integers.device, torch.float32).integer_range(integers, ignored)
 
 
 def _short(values: list[int]) -> str:

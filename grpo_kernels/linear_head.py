@@ -28,13 +28,8 @@ import torch
 
 from . import distributed
 from .backends import Backend
-from .linear_plan import Call, Plan, Tile, accumulation_dtype, make_plan
+from .linear_plan import Call, Plan, Tile, accumulation_dtype, make_plan, row_chunk_elements
 from .vocab_parallel import Odds, head_odds
-
-_ROW_CHUNK_ELEMENTS = {"cpu": 1 << 22}
-_DEFAULT_ROW_CHUNK_ELEMENTS = 1 << 26
-"""Of (rows, H) at a time where an operation needs a copy: less than a tile, which is free at such times, and few
-operations, because each makes all threads meet, which on a busy machine costs more than the work."""
 
 KEPT_SHIFT = 64
 """Kept exponentials are stored 2^-64 below the running top: a target's entry, -rest in the scale of the final top,
@@ -105,7 +100,8 @@ def hidden_gradient(
 ) -> torch.Tensor:
     """``dh[index] = c * unit_grad`` and 0 elsewhere, a few rows at a time; summed over ranks before it is rounded."""
     grad_hidden = torch.zeros(shape, dtype=dtype, device=unit_grad.device)
-    for part in _row_chunks(unit_grad):
+    elements = row_chunk_elements(shape[-1], call.dtype, unit_grad.device, shared=call.shard is not None)
+    for part in _row_chunks(unit_grad, elements):
         rows = unit_grad[part] * grad_logps[part].unsqueeze(1)
         if call.shard is not None:
             distributed.all_reduce_sum_(rows, distributed.group_named(call.shard.group))
@@ -155,13 +151,13 @@ def weight_gradient(
             grads = kept.pop()
             row_scale = -c * saved.kept_scale[len(kept)]
             if scaled is not None:
-                _scale_rows(x, row_scale, scaled)
+                _scale_rows(x, row_scale, scaled, plan.row_chunk)
                 x_tile = scaled
         words = slice(tile.start, tile.stop)
         if grad_weight is not None:
             _mm_into(grads.t(), x_tile, grad_weight[words])
         if grad_bias is not None:
-            _column_sums(grads, row_scale, grad_bias[words])
+            _column_sums(grads, row_scale, grad_bias[words], plan.row_chunk)
         del grads  # a kept tile goes before the next part of dW comes
     return grad_weight, None if grad_bias is None or bias is None else grad_bias.to(bias.dtype)
 
@@ -348,7 +344,7 @@ def _finish_unit_grad(
     at_target = (miss * _slope_at(picked, call) * call.logit_scale).masked_fill_(~inside, 0)
     others = share * -call.logit_scale
     safe = targets.clamp(0, plan.vocabulary - 1)
-    for part in _row_chunks(total):
+    for part in _row_chunks(total, plan.row_chunk):
         rows = weight.index_select(0, safe[part]).to(plan.dtype).to(total.dtype)
         total[part] = total[part].mul_(others[part].unsqueeze(1)).addcmul_(rows, at_target[part].unsqueeze(1))
 
@@ -398,16 +394,16 @@ def _mm_into(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
         out.copy_(torch.mm(a, b))
 
 
-def _column_sums(tile_grads: torch.Tensor, row_scale: torch.Tensor | None, out: torch.Tensor) -> None:
+def _column_sums(tile_grads: torch.Tensor, row_scale: torch.Tensor | None, out: torch.Tensor, elements: int) -> None:
     """Sums over all rows in the accumulation dtype, a few rows at a time."""
     out.zero_()
-    for part in _row_chunks(tile_grads):
+    for part in _row_chunks(tile_grads, elements):
         rows = tile_grads[part].to(out.dtype)
         out.add_(rows.sum(dim=0) if row_scale is None else row_scale[part] @ rows)
 
 
-def _scale_rows(x: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
-    for part in _row_chunks(x):
+def _scale_rows(x: torch.Tensor, scale: torch.Tensor, out: torch.Tensor, elements: int) -> None:
+    for part in _row_chunks(x, elements):
         out[part] = x[part] * scale[part].unsqueeze(1)
 
 
@@ -419,9 +415,8 @@ def _words(
     return weight[words].to(dtype), None if bias is None else bias[words].to(accumulation_dtype(dtype))
 
 
-def _row_chunks(tensor: torch.Tensor) -> Iterator[slice]:
+def _row_chunks(tensor: torch.Tensor, elements: int) -> Iterator[slice]:
     rows, width = tensor.shape
-    elements = _ROW_CHUNK_ELEMENTS.get(tensor.device.type, _DEFAULT_ROW_CHUNK_ELEMENTS)
     step = max(1, elements // max(width, 1))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))

@@ -21,9 +21,9 @@ from .types import UnavailableBackendError
 from .vocab_shards import Shard
 
 
-def tile_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
+def tile_backend(name: str, device: torch.device, dtype: torch.dtype, *, may_prove: bool = True) -> Backend:
     """The backend that will run the tile operations; plain PyTorch under "auto" where the first choice has none."""
-    chosen = choose(name, device, dtype)
+    chosen = choose(name, device, dtype, may_prove=may_prove)
     if hasattr(chosen, "head_tile_fwd"):
         return chosen
     if name != "auto":
@@ -40,9 +40,12 @@ def forward(
     call: Call,
     backend: str,
 ) -> tuple[Any, ...]:
-    """As :func:`linear_head.token_logps_fwd`, by the name of the backend."""
+    """As :func:`linear_head.token_logps_fwd`, by the name of the backend.
+
+    An operator's call (``call.apart`` is False) is inside a compiled region, where nothing is proven.
+    """
     with torch.autocast(hidden.device.type, enabled=False):  # call.dtype has heard it already
-        chosen = tile_backend(backend, hidden.device, call.dtype)
+        chosen = tile_backend(backend, hidden.device, call.dtype, may_prove=call.apart)
         return linear_head.token_logps_fwd(hidden, weight, bias, targets, needs, call, chosen)
 
 
@@ -74,7 +77,7 @@ def backward(
             grads[0] = linear_head.hidden_gradient(c, fields.unit_grad, index, hidden.shape, hidden.dtype, call)
             fields.unit_grad = None
         if needs[1] or needs[2]:
-            chosen = tile_backend(backend, hidden.device, call.dtype)
+            chosen = tile_backend(backend, hidden.device, call.dtype, may_prove=call.apart)
             grads[1:] = linear_head.weight_gradient(
                 c, hidden, weight, bias, targets, index, fields, needs, call, chosen
             )

@@ -18,7 +18,7 @@ from .backends import Backend, choose
 def _token_logps_fwd(
     logits: Tensor, targets: Tensor, logps: Tensor, lse: Tensor, ignore_index: int, backend: str
 ) -> None:
-    chosen = choose(backend, logits.device, logits.dtype)
+    chosen = choose(backend, logits.device, logits.dtype, may_prove=False)
     chosen.token_logps_fwd(logits, targets, logps, lse, ignore_index=ignore_index)
 
 
@@ -32,7 +32,7 @@ def _token_logps_bwd(
     ignore_index: int,
     backend: str,
 ) -> None:
-    chosen = choose(backend, logits.device, logits.dtype)
+    chosen = choose(backend, logits.device, logits.dtype, may_prove=False)
     chosen.token_logps_bwd(logits, targets, lse, grad_logps, grad_logits, ignore_index=ignore_index)
 
 
@@ -73,7 +73,7 @@ def _preference_tail(
     ignore_index: int,
     backend: str,
 ) -> None:
-    chosen = choose(backend, token_logps.device, token_logps.dtype)
+    chosen = choose(backend, token_logps.device, token_logps.dtype, may_prove=False)
     chosen.preference_tail(
         token_logps, targets, cu_seqlens, ref_logps, group_ids, pair_weights,
         policy_logps, lengths, margins, rewards, losses, slopes, group_sums, group_counts, group_losses,
@@ -86,7 +86,9 @@ def _preference_tail(
 def _robust_loss(
     losses: Tensor, group_ids: Tensor, group_weights: Tensor, weights: Tensor, loss: Tensor, backend: str
 ) -> None:
-    choose(backend, losses.device, losses.dtype).robust_loss(losses, group_ids, group_weights, weights, loss)
+    choose(backend, losses.device, losses.dtype, may_prove=False).robust_loss(
+        losses, group_ids, group_weights, weights, loss
+    )
 
 
 for _op in (_token_logps_fwd, _token_logps_bwd, _preference_tail, _robust_loss):

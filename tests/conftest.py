@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+import tempfile
+
 import pytest
 import torch
+
+# Neither the proofs nor the tuning of whoever runs the tests; processes that tests start inherit it.
+if "PYTEST_CACHE_OF_KERNELS" not in os.environ:
+    os.environ["GRPO_KERNELS_CACHE"] = os.environ["PYTEST_CACHE_OF_KERNELS"] = tempfile.mkdtemp(prefix="grpo-kernels-")
+    atexit.register(shutil.rmtree, os.environ["GRPO_KERNELS_CACHE"], ignore_errors=True)
 
 KERNEL_FOLDERS = {"spec", "kernels", "gpu"}
 

@@ -1,11 +1,12 @@
 """What ``gpu_check.py`` measures in a minute and a half: those cases of ``python -m benchmarks`` that say most.
 
-    python tools/gpu_bench.py --csv FILE [--seconds 95]
+    python tools/gpu_bench.py --csv FILE [--seconds 70] [--skip NAME] [--tiny]
 
 Log-probabilities and the gradient of 16384 x 128256 logits, the LM head of Llama-3-8B over 16384 rows, the tail.
-The rows of a case are of one interleaved run: our backends, PyTorch, ``torch.compile``, Liger, TRL and other peers
-where they are installed ("absent" where not), a copy and the bare GEMMs.  "x floor" is the time over that of the GEMMs
-that the head's plan asks for, at cuBLAS's rate in that run.  A variant whose result is wrong gets no time.
+All data is random.  The rows of a case are of one interleaved run: our backends, PyTorch, ``torch.compile``, Liger, TRL
+and other peers where they are installed ("absent" where not), a copy and the bare GEMMs.  "x floor" is the time over
+that of the GEMMs that the head's plan asks for, at cuBLAS's rate in that run.  A variant whose result is wrong gets no
+time.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import time
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from benchmarks import head, logps, suite, tail
-from benchmarks.shapes import LLAMA, Batch
+from benchmarks.shapes import LLAMA, Batch, Head
 from grpo_kernels.linear_plan import make_plan
 
 COLUMNS = {
@@ -44,6 +46,8 @@ class Job(NamedTuple):
     command: str
     case: object
     skip: list[str]
+    rounds: int = 100
+    """At most; fewer where the command has it so."""
 
 
 JOBS = [
@@ -55,17 +59,31 @@ JOBS = [
     Job(tail, "tail", tail.Case(tail.TAIL, 4096, 10000), SLOW_TO_COMPILE),
     Job(logps, "logps", logps.Case("8192 x 32000", logps.BOTH, "float32", 8192, 32000), SLOW_TO_COMPILE),
 ]
+TOY_HEAD, TOY_BATCH = Head("toy", 96, 16), Batch("16 rows", 2, 4)
+NO_PEERS = ["torch.compile", "TRL", "cut-cross-entropy", "Liger", "quack"]
+"""Which take seconds to compile, or to import."""
+TINY_JOBS = [
+    Job(logps, "logps", logps.Case("8 x 100", logps.BOTH, "bfloat16", 8, 100), NO_PEERS, 3),
+    Job(head, "head", head.Case(TOY_HEAD, TOY_BATCH, head.FULL, "bfloat16"), NO_PEERS, 3),
+    Job(head, "head", head.Case(TOY_HEAD, TOY_BATCH, head.FROZEN, "bfloat16"), NO_PEERS, 3),
+    Job(tail, "tail", tail.Case(tail.TAIL, 4, 2), NO_PEERS, 3),
+]
+"""Of the same kinds, at a size that says nothing: to see that they run."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--csv", type=Path, required=True, help="where the rows go; written after every case")
-    parser.add_argument("--seconds", type=float, default=95, help="no new case begins after this")
+    parser.add_argument("--seconds", type=float, default=70, help="no new case begins after this")
+    parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="a backend that is left out")
+    parser.add_argument("--tiny", action="store_true", help="other cases, at the size of a toy")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu_bench: PyTorch sees no GPU on this machine", file=sys.stderr)
         return 2
-    return measure(JOBS, torch.device("cuda"), options.csv, time.monotonic() + options.seconds)
+    left_out = [suite.OURS + name for name in options.skip]
+    jobs = [job._replace(skip=[*job.skip, *left_out]) for job in (TINY_JOBS if options.tiny else JOBS)]
+    return measure(jobs, torch.device("cuda"), options.csv, time.monotonic() + options.seconds)
 
 
 def measure(jobs: list[Job], device: torch.device, path: Path, ends: float) -> int:
@@ -103,7 +121,7 @@ def run(job: Job, device: torch.device, ends: float) -> list[suite.Row]:
     options = Namespace(device=device.type, skip=job.skip, memory=False, ends=ends)
     fields = {**job.case.fields(), "clock": "wall"}
     print(f"\n{title(job.case)}", flush=True)
-    settings = job.module.SETTINGS
+    settings = replace(job.module.SETTINGS, rounds=min(job.rounds, job.module.SETTINGS.rounds))
     return suite.run_case(job.command, job.case, job.module.build(job.case, device), fields, options, settings)
 
 

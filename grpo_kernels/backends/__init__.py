@@ -103,11 +103,14 @@ import importlib
 import platform
 import warnings
 from types import ModuleType
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 
 from ..types import UnavailableBackendError
+
+if TYPE_CHECKING:
+    from .verdicts import Verdict
 
 
 class Backend(Protocol):
@@ -142,6 +145,19 @@ class Backend(Protocol):
     def integer_range(self, integers: torch.Tensor, ignored: int) -> tuple[int, int]: ...
 
 
+OPERATIONS: dict[str, str] = {
+    "token_logps_fwd": "log-probabilities of rows of logits",
+    "token_logps_bwd": "their gradient",
+    "preference_tail": "losses, slopes and group sums",
+    "robust_loss": "the weighted mean",
+    "head_tile_fwd": "a tile of the LM head",
+    "head_tile_bwd": "its gradient",
+}
+"""The functions of the boundary that run kernels, and what each computes."""
+
+OPTIONAL_OPERATIONS = frozenset({"head_tile_fwd", "head_tile_bwd"})
+"""Those that a backend may lack."""
+
 _MODULES = {
     "cpu": "native_cpu",
     "cuda": "native_cuda",
@@ -155,20 +171,20 @@ PROVEN: dict[tuple[str, str], str] = {
 }
 """(backend, kind of device) → the recorded passing run that lets ``auto`` pick it, under ``benchmarks/results/``.
 
-``torch`` needs no entry: PyTorch's own operations are the fallback everywhere.
+On other kinds of devices ``auto`` picks what the user's own device has proven (``verdicts.py``).  ``torch`` needs no
+entry: PyTorch's own operations are the fallback everywhere.
 """
 
 
 def device_kind(device: torch.device) -> str:
-    """The key under which a device's runs are recorded: an architecture for CPUs, a vendor for GPUs."""
+    """The key under which recorded runs are kept: an architecture for CPUs, a vendor for GPUs."""
     if device.type == "cpu":
-        return "cpu-" + {"amd64": "x86_64", "arm64": "aarch64"}.get(
-            platform.machine().lower(), platform.machine().lower()
-        )
+        machine = platform.machine().lower()
+        return "cpu-" + {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
     if device.type == "cuda":
         if torch.version.hip is not None:
             return "amd"
-        return "nvidia-sm80+" if torch.cuda.get_device_capability(device) >= (8, 0) else "nvidia-older"
+        return "nvidia-sm80" if torch.cuda.get_device_capability(device) >= (8, 0) else "nvidia-older"
     return device.type
 
 
@@ -181,11 +197,19 @@ def backends() -> dict[str, str | None]:
     return {name: _unavailable_reason(name) for name in _MODULES}
 
 
-def choose(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
+def choose(name: str, device: torch.device, dtype: torch.dtype, *, may_prove: bool = True) -> Backend:
     """The backend for logits of this dtype on this device.
 
-    ``auto`` takes the first backend, in the order of the registry, that is here, takes the dtype and device, and
-    has a recorded passing run on this kind of device; plain PyTorch stands last and is always there.
+    ``auto`` takes the first backend, in the order of the registry or of this device's tuning file, that is here, takes
+    the dtype and device, and is proven: by a recorded run on this kind of device, or by a proof on this very device,
+    which the first call makes in a process of its own and keeps (``verdicts.py``).  Plain PyTorch stands last.
+
+    Args:
+        name: "auto" or a name of :func:`backends`.
+        device: of the logits.
+        dtype: of the logits.
+        may_prove: False inside a compiled region: ``auto`` takes what is decided, and decides nothing.  So it does
+            while a CUDA graph is captured.
 
     Raises:
         ValueError: no backend has this name.
@@ -197,12 +221,41 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     # The answer cannot change within a process, and asking anew would cost more than a small call's kernels.
     chosen = _chosen.get((name, device, dtype))
     if chosen is None:
-        chosen = _choose_auto(device, dtype) if name == "auto" else _choose_named(name, device, dtype)
-        _chosen[name, device, dtype] = chosen
+        if name != "auto":
+            chosen = _chosen[name, device, dtype] = _choose_named(name, device, dtype)
+        else:
+            may_prove = may_prove and not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+            chosen, final = _choose_auto(device, dtype, may_prove)
+            if final:
+                _chosen[name, device, dtype] = chosen
     return chosen
 
 
 _chosen: dict[tuple[str, torch.device, torch.dtype], Backend] = {}
+
+
+def decided(device: torch.device, dtype: torch.dtype) -> Backend:
+    """What ``auto`` would take if it had to be taken now: starts no proof and warns of nothing."""
+    place = ("auto", device, dtype)
+    if place not in _chosen:
+        from . import verdicts
+
+        names = [*_candidates(device, dtype), "torch"]
+        found = next(name for name in names if name == "torch" or status(name, device).passed)
+        if found != names[0] or verdicts.policy() == "always":
+            return _load(found)  # auto may yet prove one that it prefers
+        _chosen[place] = _load(found)
+    return _chosen[place]
+
+
+def status(name: str, device: torch.device) -> Verdict:
+    """What is known about a backend on a device: recorded, proven here, failed here, or nothing yet."""
+    from . import verdicts
+
+    path = PROVEN.get((name, device_kind(device)))
+    if path is not None:
+        return verdicts.Verdict("recorded", report=path)
+    return verdicts.known(name, device)
 
 
 def _choose_named(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
@@ -214,33 +267,73 @@ def _choose_named(name: str, device: torch.device, dtype: torch.dtype) -> Backen
     return _load(name)
 
 
-def _choose_auto(device: torch.device, dtype: torch.dtype) -> Backend:
-    kind = device_kind(device)
-    passed_over: list[str] = []
-    for name in _MODULES:
-        if _unavailable_reason(name) is not None or _load(name).unsupported_reason(device, dtype) is not None:
+def _candidates(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """The backends that ``auto`` may pick before ``torch``, best first."""
+    from . import tuned
+
+    here = []
+    for name in dict.fromkeys([*tuned.order(device, dtype), *_MODULES]):
+        if name == "torch":
+            break
+        interpreted = name == "triton" and device.type == "cpu"  # its interpreter is for tests, and slow
+        if interpreted or _unavailable_reason(name) is not None:
             continue
-        if name == "torch" or (name, kind) in PROVEN:
-            if name == "torch" and passed_over and device.type != "cpu":
-                _warn_once(kind, passed_over)
-            return _load(name)
-        passed_over.append(name)
-    # torch takes every floating dtype, which callers have checked
-    raise UnavailableBackendError(f"no backend takes {dtype} on {device}")  # pragma: no cover
+        if _load(name).unsupported_reason(device, dtype) is None:
+            here.append(name)
+    return here
+
+
+def _choose_auto(device: torch.device, dtype: torch.dtype, may_prove: bool) -> tuple[Backend, bool]:
+    """The backend, and whether that is the answer for the rest of the process."""
+    from . import verdicts
+
+    kind, always = device_kind(device), verdicts.policy() == "always"
+    undecided = []
+    for name in _candidates(device, dtype):
+        if (name, kind) in PROVEN and not always:
+            return _load(name), True
+        verdict = verdicts.decide(name, device) if may_prove else verdicts.known(name, device)
+        if verdict.passed:
+            return _load(name), True
+        if verdict.status == "unknown":
+            undecided.append(name)
+        else:
+            _warn_once(_unproven(name, device, verdict))
+    if undecided:
+        names = " or ".join(map(repr, undecided))
+        why = (
+            "GRPO_KERNELS_PROVE=never, and neither a recorded run nor a proof on this device is there"
+            if verdicts.policy() == "never"
+            else "the first call is where a kernel is proven, and it must not be inside a compiled region or the "
+            "capture of a CUDA graph: make one call before"
+        )
+        _warn_once(
+            f"backend='auto' takes plain PyTorch operations here, not {names}: {why}. `grpo-kernels prove` makes the "
+            f"proof; backend={undecided[0]!r} takes the kernels unproven."
+        )
+    return _load("torch"), may_prove
+
+
+def _unproven(name: str, device: torch.device, verdict: Verdict) -> str:
+    from .cache import describe_device
+
+    where = describe_device(device)["device"]
+    if verdict.status == "failed":
+        kept = f"; the whole report is in {verdict.report}" if verdict.report else ""
+        return f"backend {name!r} is wrong on {where} and backend='auto' does not take it ({verdict.reason}){kept}"
+    return (
+        f"backend {name!r} could not be proven on {where} ({verdict.reason}); backend='auto' does not take it in this "
+        "process, and the next one tries again. `grpo-kernels prove` makes the proof now."
+    )
 
 
 _warned: set[str] = set()
 
 
-def _warn_once(kind: str, passed_over: list[str]) -> None:
-    if kind not in _warned:
-        _warned.add(kind)
-        names = " or ".join(f"backend={name!r}" for name in reversed(passed_over))
-        warnings.warn(
-            f"backend='auto' takes plain PyTorch operations here: no passing run of this package's kernels is recorded "
-            f"for this kind of device ({kind}). They are installed; choose them with {names}.",
-            stacklevel=4,
-        )
+def _warn_once(text: str) -> None:
+    if text not in _warned:
+        _warned.add(text)
+        warnings.warn(text, stacklevel=5)
 
 
 def _load(name: str) -> Backend:

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import tile_cases
 import torch
-from kernel_cases import Place
 
 from grpo_kernels import GroupWeights, fused_linear_grpo_loss
 
 DEVICE = "cuda"
 PAIRS, LENGTH, WIDTH = 3, 24, 64
-
-
-@tile_cases.several_blocks
-def test_tiles_of_several_blocks_from_any_start(backend, dtype, words, first, softcap, wide):
-    tile_cases.check_tile(Place(backend, DEVICE), dtype, words, first, softcap, wide)
 
 
 def run(hidden, weight, bias, labels, backend, **options):

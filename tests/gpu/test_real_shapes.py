@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import EPSILON, IGNORE_INDEX, Place, case_id
+from kernel_cases import case_id
+
+from grpo_kernels.proof import Place
+from grpo_kernels.proof.budget import EPSILON
+from grpo_kernels.types import IGNORE_INDEX
 
 DEVICE = "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+VOCABULARIES = [32000, 50257, 128256, 151936]
 
 
 def run(backend, logits, targets, grads, *, in_place=False):
@@ -57,7 +62,7 @@ def inputs(shape, dtype, *, ignore_every=7):
     return logits, targets, grads
 
 
-@pytest.mark.parametrize("vocabulary", [32000, 50257, 128256, 151936])
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
 def test_vocabularies_of_real_models(backend, dtype, vocabulary):
     logits, targets, grads = inputs((4, 256, vocabulary), dtype)

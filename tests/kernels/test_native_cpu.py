@@ -64,7 +64,7 @@ def test_threads_are_torchs_own():
     """No thread beyond torch.set_num_threads, and one OpenMP runtime for both (two would fight over the cores)."""
     code = """
 import os, torch
-import kernel_cases as k
+from grpo_kernels.proof import rows as k
 place = k.Place("cpu", "cpu")
 count = lambda: len(os.listdir("/proc/self/task"))
 torch.set_num_threads(1)

@@ -7,17 +7,17 @@ loads and stores.  By default one architecture and the entries of long rows; ``-
 from __future__ import annotations
 
 import itertools
-import re
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from kernel_cases import case_id
 
 from grpo_kernels.types import LOSS_TYPES
 
 triton = pytest.importorskip("triton")
 
+from compiled_code import assert_fits, assert_wide  # noqa: E402
+from jit_covering import GROUPS, calls  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -32,93 +32,44 @@ pytestmark = pytest.mark.skipif(backend.INTERPRETED, reason="TRITON_INTERPRET=1 
 TARGETS = {f"sm_{cc}": GPUTarget("cuda", cc, 32) for cc in (80, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VOCABULARIES = {"V<=1024": 1024, "V<=8192": 8192, "V>8192": 128256}
-SHARED_LIMIT = 48 * 1024
-"""Bytes that a block gets on every GPU without asking for more."""
 
-SCALARS = {
-    "targets_ptr": "*i64", "logps_ptr": "*fp32", "lse_ptr": "*fp32", "grad_logps_ptr": "*fp32",
-    "stride_sequence": "i64", "stride_row": "i32", "stride_grad_sequence": "i64", "stride_grad_row": "i32",
-    "length": "i32", "vocabulary": "i32", "ignore_index": "i32",
-}  # fmt: skip
+ROWS = {"targets_ptr": "*i64", "logps_ptr": "*fp32", "lse_ptr": "*fp32", "grad_logps_ptr": "*fp32"}
 TAIL = {
     "token_logps_ptr": "*fp32", "targets_ptr": "*i64", "cu_seqlens_ptr": "*i32", "ref_logps_ptr": "*fp64",
     "group_ids_ptr": "*i64", "pair_weights_ptr": "*fp64", "policy_logps_ptr": "*fp32", "lengths_ptr": "*fp64",
     "margins_ptr": "*fp32", "rewards_ptr": "*fp32", "losses_ptr": "*fp32", "slopes_ptr": "*fp32",
-    "group_sums_ptr": "*fp64", "group_counts_ptr": "*i64", "group_losses_ptr": "*fp32", "num_pairs": "i32",
-    "num_groups": "i32", "rows": "i32", "length": "i32", "ignore_index": "i32", "beta_bits": "i64",
-    "smoothing_bits": "i64",
+    "group_sums_ptr": "*fp64", "group_counts_ptr": "*i64", "group_losses_ptr": "*fp32",
 }  # fmt: skip
 TILE = {
     "bias_ptr": "*fp32", "targets_ptr": "*i64", "top_ptr": "*fp32", "rest_ptr": "*fp32", "picked_ptr": "*fp32",
-    "factor_ptr": "*fp32", "scale_ptr": "*fp32", "at_target_ptr": "*fp32", "stride": "i32", "stride_out": "i32",
-    "words": "i32", "start": "i32", "softcap": "fp32", "slope": "fp32", "exps_scale": "fp32",
+    "factor_ptr": "*fp32", "scale_ptr": "*fp32", "at_target_ptr": "*fp32",
 }  # fmt: skip
-OPTIONAL = ("targets_ptr", "cu_seqlens_ptr", "ref_logps_ptr", "pair_weights_ptr")
+AS_THE_LOSS = {
+    "dtype": torch.float32, "loss_type": "sigmoid", "normalize": False, "entry": 1, "groups": "few", "packed": False,
+    "reference": True, "weights": False, "lengths": "absent",
+}  # fmt: skip
+"""``fused_grpo_loss`` by default: padded, no weights of pairs, a sum of tokens."""
 
 
 def compile_kernel(kernel, types, constants, target, num_warps, registers=None):
-    signature = {name: types[name] if name not in constants else "constexpr" for name in kernel.arg_names}
+    """Numbers are of the types that the kernel gives them, pointers of those told."""
+    signature = {p.name: p.annotation_type or types.get(p.name, "constexpr") for p in kernel.params}
+    signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(kernel, signature, constexprs=constants)
     limit = {} if registers is None or target.backend == "hip" else {"maxnreg": registers}
     return triton.compile(source, target=target, options={"num_warps": num_warps, **limit})
 
 
-def assert_fits(compiled):
-    """No register went to memory, and the block's shared memory is there on any GPU."""
-    assert compiled.metadata.shared <= SHARED_LIMIT
-    if compiled.metadata.target.backend == "hip":
-        # Scalar registers that do not fit go to lanes of vector registers, which costs no memory.
-        assert re.findall(r"\.vgpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"]) == ["0"]
-        return
-    usage = resource_usage(compiled)
-    assert usage["STACK"] == 0, usage
-    assert usage["LOCAL"] == 0, usage
-
-
-def resource_usage(compiled) -> dict[str, int]:
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    binary = Path(triton.knobs.cache.dir, f"{compiled.hash}.{compiled.metadata.target.arch}.cubin")
-    binary.parent.mkdir(parents=True, exist_ok=True)
-    binary.write_bytes(compiled.asm["cubin"])
-    try:
-        report = subprocess.run(
-            [cuobjdump, "--dump-resource-usage", binary], capture_output=True, text=True, check=True
-        )
-    finally:
-        binary.unlink()
-    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", report.stdout)}
-
-
-def memory_widths(compiled, access: str) -> list[int]:
-    """Bytes of every load ("ld") or store ("st") of global memory in the program text, per thread."""
-    if compiled.metadata.target.backend == "hip":
-        name = "load" if access == "ld" else "store"
-        widths = {"dwordx4": 16, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2, "short_d16": 2, "short_d16_hi": 2}
-        found = re.findall(rf"(?:global|buffer|flat)_{name}_(\w+)", compiled.asm["amdgcn"])
-        return [widths[kind] for kind in found]
-    found = re.findall(rf"\b{access}\.global[\w.:]*?(?:\.v(\d))?\.[bfus](\d+)\s", compiled.asm["ptx"])
-    return [int(lanes or 1) * int(bits) // 8 for lanes, bits in found]
-
-
-def assert_wide(compiled, access: str, block_v: int, itemsize: int, threads: int, scalars: int = 6) -> None:
-    """All of a block of the vocabulary moves 16 bytes at a time; what is narrower is a handful of scalars."""
-    widths = memory_widths(compiled, access)
-    needed = block_v * itemsize // (16 * threads)
-    assert widths.count(16) >= needed, widths
-    assert len(widths) - widths.count(16) <= scalars, widths
-
-
 def row_kernels(target, dtype_name, vocabulary):
     """Forward and backward at one entry of the table, for rows that are aligned and rows that are not."""
     dtype = DTYPES[dtype_name]
-    types = {**SCALARS, "logits_ptr": "*" + dtype_name, "grad_logits_ptr": "*" + dtype_name}
+    types = {**ROWS, "logits_ptr": "*" + dtype_name, "grad_logits_ptr": "*" + dtype_name}
     variants = [("fwd", token_logps_fwd_kernel, {"ALIGNED": a}) for a in (True, False)]
     variants += [("bwd", token_logps_bwd_kernel, {"ALIGNED": a, "GRAD_HINT": h}) for a, h in ((1, 16), (0, 16), (0, 1))]
     for direction, kernel, constants in variants:
         options = table.token_logps_options(direction, vocabulary, dtype, target.warp_size)
         constants = {"BLOCK_V": options.block_v, "VEC": options.vec, **constants}
-        used = {name: types[name] for name in kernel.arg_names if name in types}
-        yield direction, constants, options, compile_kernel(kernel, used, constants, target, options.num_warps)
+        yield direction, constants, options, compile_kernel(kernel, types, constants, target, options.num_warps)
 
 
 def check_row_kernels(target, dtype_name, vocabulary):
@@ -130,14 +81,23 @@ def check_row_kernels(target, dtype_name, vocabulary):
             assert_wide(compiled, "st", *moved)
 
 
-def check_tail(target, mean_length, num_groups, loss_type, absent=(), length_normalize=True):
-    options = table.tail_options(mean_length, num_groups, target.warp_size)
-    constants = {
-        "LOSS_TYPE": LOSS_TYPES.index(loss_type), "LENGTH_NORMALIZE": length_normalize,
-        "BLOCK_PAIRS": options.block_pairs, "BLOCK_TOKENS": options.block_tokens,
-        "BLOCK_GROUPS": options.block_groups, **dict.fromkeys(absent),
+def check_tail(target, call):
+    """The tail at one entry of the table, with the arguments of a call of ``jit_covering.py``."""
+    options = table.tail_options(64 if call["entry"] == 0 else 512, GROUPS[call["groups"]], target.warp_size)
+    given = {
+        "targets_ptr": call["lengths"] == "counted", "lengths_ptr": call["lengths"] != "absent",
+        "cu_seqlens_ptr": call["packed"], "ref_logps_ptr": call["reference"], "pair_weights_ptr": call["weights"],
     }  # fmt: skip
-    assert_fits(compile_kernel(preference_tail_kernel, TAIL, constants, target, options.num_warps))
+    constants = {
+        "LOSS_TYPE": LOSS_TYPES.index(call["loss_type"]), "LENGTH_NORMALIZE": call["normalize"],
+        "BLOCK_PAIRS": options.block_pairs, "BLOCK_TOKENS": options.block_tokens,
+        "BLOCK_GROUPS": options.block_groups, **{name: None for name, there in given.items() if not there},
+    }  # fmt: skip
+    types = TAIL
+    if call["dtype"] is torch.float64:
+        types = {name: kind.replace("fp32", "fp64") for name, kind in TAIL.items()}
+    registers = table.tail_registers(options.num_warps)
+    assert_fits(compile_kernel(preference_tail_kernel, types, constants, target, options.num_warps, registers))
 
 
 def check_tile_kernels(target, logits, out, words, variants):
@@ -182,15 +142,17 @@ def test_rows_of_a_large_vocabulary(dtype):
     check_row_kernels(TARGETS["sm_90"], dtype, 128256)
 
 
-def test_the_tail():
-    check_tail(TARGETS["sm_90"], 512, 4, "sigmoid")
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_the_tail_as_the_loss_calls_it(target, packed):
+    check_tail(TARGETS[target], {**AS_THE_LOSS, "packed": packed})
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp64"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_robust_loss(target, dtype):
     types = {"losses_ptr": "*" + dtype, "group_ids_ptr": "*i64", "group_weights_ptr": "*" + dtype,
-             "weights_ptr": "*" + dtype, "loss_ptr": "*" + dtype, "num_pairs": "i32", "num_groups": "i32"}  # fmt: skip
+             "weights_ptr": "*" + dtype, "loss_ptr": "*" + dtype}  # fmt: skip
     warps = 128 // TARGETS[target].warp_size
     assert_fits(compile_kernel(robust_loss_kernel, types, {"BLOCK": table.ROBUST_LOSS_BLOCK}, TARGETS[target], warps))
 
@@ -228,15 +190,20 @@ def test_rows_everywhere(target, dtype, vocabulary):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-@pytest.mark.parametrize("num_groups", [16, 10000])
-@pytest.mark.parametrize("mean_length", [64, 512])
+@pytest.mark.parametrize("call", calls("preference_tail", 2), ids=lambda call: " ".join(map(case_id, call.values())))
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_tail_everywhere(target, mean_length, num_groups, loss_type):
-    check_tail(TARGETS[target], mean_length, num_groups, loss_type)
+def test_the_tail_everywhere(target, call):
+    check_tail(TARGETS[target], call)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("absent", [OPTIONAL, *((name,) for name in OPTIONAL)])
-def test_the_tail_without(absent):
-    check_tail(TARGETS["sm_90"], 512, 4, "robust", absent, length_normalize=False)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("entry", [0, 1])
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_tail_of_every_loss(target, entry, packed, loss_type):
+    for groups in GROUPS:
+        check_tail(
+            TARGETS[target],
+            {**AS_THE_LOSS, "entry": entry, "packed": packed, "loss_type": loss_type, "groups": groups},
+        )

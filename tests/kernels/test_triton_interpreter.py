@@ -16,20 +16,13 @@ import pytest
 import test_linear_head
 import tile_cases
 import torch
-from kernel_cases import (
-    DTYPES,
-    Place,
-    assert_relative_budget,
-    assert_within_budget,
-    backward,
-    case_id,
-    forward,
-    make_rows,
-    oracle,
-    run_tail,
-    tail_oracle,
-)
+from kernel_cases import case_id
 
+from grpo_kernels.backends import child
+from grpo_kernels.proof.budget import oracle, within_budget, within_relative_budget
+from grpo_kernels.proof.places import DTYPES, Place, make_rows
+from grpo_kernels.proof.rows import backward, forward
+from grpo_kernels.proof.tail import run_tail, tail_oracle
 from grpo_kernels.types import IGNORE_INDEX
 
 HERE = Path(__file__).parent
@@ -44,7 +37,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
 @pytest.mark.skipif(INSIDE, reason="this is that process")
 def test_in_the_interpreter():
     pytest.importorskip("triton")
-    files = [HERE / name for name in ("test_parity.py", "test_preference_tail.py", "test_triton_interpreter.py")]
+    files = [HERE / name for name in ("test_parity.py", "test_triton_interpreter.py")]
     run = subprocess.run(
         [
             sys.executable,
@@ -73,6 +66,39 @@ def test_in_the_interpreter():
     assert " passed" in run.stdout
 
 
+PROOF = """
+import sys
+import triton_interpreter
+from grpo_kernels.backends import triton
+from grpo_kernels.proof import __main__ as proof, cases
+
+WANTED = (
+    "one row, float32", "one row, bfloat16", "7 pairs in 3 groups, float32", "2 pairs in 1 groups", "no pairs",
+    "7 words from element 3, float16", "two steps with a moving alpha, packed, float32",
+)
+proof.cases = lambda place, quick: [case for case in cases(place) if case.name in WANTED]
+if sys.argv.pop(1) == "wrong":
+    right = triton.preference_tail
+    triton.preference_tail = lambda *arguments, beta, **options: right(*arguments, beta=1.001 * beta, **options)
+sys.exit(proof.main())
+"""
+
+
+@pytest.mark.skipif(INSIDE, reason="starts a process of its own")
+@pytest.mark.parametrize(("kernels", "status"), [("right", "passed"), ("wrong", "failed")])
+def test_the_proof_of_a_device_runs_the_kernels(monkeypatch, kernels, status):
+    """As on a user's GPU: in a child process, and a kernel that is off by a thousandth is found."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-c", PROOF, kernels, "--backend", "triton", "--device", "cpu"]
+    monkeypatch.setattr(child, "command", lambda name, device, full: command)
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    run = child.run("triton", torch.device("cpu"), seconds=300, environment={"TRITON_INTERPRET": "1"})
+    assert run.status == status, run.report()
+    assert {"token_logps_bwd", "robust_loss", "head_tile_bwd"} <= run.calls.keys()
+    if status == "failed":
+        assert run.reason.startswith("preference_tail: 2 pairs in 1 groups and 1 more: rewards: ")
+
+
 @inside
 @pytest.mark.parametrize(("vocabulary", "start"), [(4500, 0), (4500, 1), (9003, 3), (1024, 0), (2056, 5), (7, 3)])
 @every_dtype
@@ -88,13 +114,14 @@ def test_rows_of_several_blocks_from_any_start(dtype, vocabulary, start):
     exact_logps, exact_grads = oracle(logits, targets, grads)
     plain_logps, plain_grads = oracle(logits, targets, grads, torch.float32)
     logps, lse = forward(TRITON, logits, targets)
-    assert_within_budget(logps, plain_logps, exact_logps, exact_logps.abs().max().item())
+    within_budget("logps", logps, plain_logps, exact_logps, exact_logps.abs().max().item())
     gradient = backward(TRITON, logits, targets, lse, grads)
     reach = logits.double().abs().max().item()
-    # The target's entry is the better one of the two, so PyTorch's is no budget for it: see test_parity.py.
+    # The target's entry is the better one of the two, so PyTorch's is no budget for it: see proof/rows.py.
     hit = torch.nn.functional.one_hot(targets.clamp(min=0), vocabulary).bool().view(gradient.shape)
-    assert_relative_budget(*(g.masked_fill(hit, 0) for g in (gradient, plain_grads.to(dtype), exact_grads)), reach)
-    assert_within_budget(gradient, plain_grads.to(dtype), exact_grads, reach)
+    others = (g.masked_fill(hit, 0) for g in (gradient, plain_grads.to(dtype), exact_grads))
+    within_relative_budget("gradient", *others, reach)
+    within_budget("gradient", gradient, plain_grads.to(dtype), exact_grads, reach)
     outside = memory.clone()
     backward(TRITON, logits, targets, lse, grads, logits)
     assert torch.equal(logits, gradient)
@@ -110,7 +137,7 @@ def test_one_row_within_budget(dtype):
         exact, _ = oracle(logits, targets, grads)
         plain, _ = oracle(logits, targets, grads, torch.float32)
         logps, _ = forward(TRITON, logits, targets)
-        assert_within_budget(logps, plain, exact, max(1.0, exact.abs().max().item()))
+        within_budget("logps", logps, plain, exact, max(1.0, exact.abs().max().item()))
 
 
 @inside
@@ -154,12 +181,6 @@ def test_bad_logits_through_the_head(value, whole_row, small_tiles):
 @tile_cases.cases_of(test_linear_head.test_confident_rows_keep_their_gradient)
 def test_confident_rows_through_the_head(dtype, budget, small_tiles):
     test_linear_head.test_confident_rows_keep_their_gradient("triton", dtype, budget, small_tiles)
-
-
-@inside
-@tile_cases.several_blocks
-def test_tiles_of_several_blocks_from_any_start(dtype, words, first, softcap, wide):
-    tile_cases.check_tile(TRITON, dtype, words, first, softcap, wide)
 
 
 @inside

@@ -1,4 +1,7 @@
-"""``backend="auto"``: only what is proven, and a word where something faster is passed over."""
+"""``backend="auto"``: only what is recorded or proven, and a warning where something faster is not used.
+
+The proof on a user's own device is in test_proof.py; here none may be started.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import pytest
 import torch
 
 from grpo_kernels import backends as public_backends
-from grpo_kernels.backends import PROVEN, choose
+from grpo_kernels.backends import PROVEN, choose, verdicts
 from grpo_kernels.types import UnavailableBackendError
 
 GPU = torch.device("cuda", 0)
@@ -22,7 +25,9 @@ def machine_with_a_gpu(monkeypatch):
     plain, triton = (
         SimpleNamespace(unsupported_reason=lambda device, dtype: None, name=n) for n in ("torch", "triton")
     )
-    monkeypatch.setattr(registry, "device_kind", lambda device: "nvidia-sm80+")
+    monkeypatch.setattr(registry, "device_kind", lambda device: "nvidia-sm80")
+    monkeypatch.setattr(verdicts, "known", lambda name, device: verdicts.UNKNOWN)
+    monkeypatch.setenv("GRPO_KERNELS_PROVE", "never")
     monkeypatch.setattr(
         registry, "_unavailable_reason", lambda name: None if name in ("torch", "triton") else "not in this story"
     )
@@ -34,7 +39,10 @@ def machine_with_a_gpu(monkeypatch):
 
 
 def test_without_a_recorded_run_a_gpu_gets_plain_pytorch_and_one_warning_that_names_the_way_out(machine_with_a_gpu):
-    with pytest.warns(UserWarning, match="nvidia-sm80.*backend='triton'"):
+    with pytest.warns(
+        UserWarning,
+        match="neither a recorded run nor a proof on this device.*backend='triton' takes the kernels unproven",
+    ):
         assert choose("auto", GPU, torch.bfloat16).name == "torch"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -43,7 +51,7 @@ def test_without_a_recorded_run_a_gpu_gets_plain_pytorch_and_one_warning_that_na
 
 
 def test_with_a_recorded_run_auto_takes_the_kernels_and_says_nothing(machine_with_a_gpu, monkeypatch):
-    monkeypatch.setitem(machine_with_a_gpu.PROVEN, ("triton", "nvidia-sm80+"), "a run")
+    monkeypatch.setitem(machine_with_a_gpu.PROVEN, ("triton", "nvidia-sm80"), "a run")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose("auto", GPU, torch.bfloat16).name == "triton"
@@ -51,7 +59,7 @@ def test_with_a_recorded_run_auto_takes_the_kernels_and_says_nothing(machine_wit
 
 def test_a_record_for_another_kind_of_device_proves_nothing_here(machine_with_a_gpu, monkeypatch):
     monkeypatch.setitem(machine_with_a_gpu.PROVEN, ("triton", "amd"), "a run")
-    with pytest.warns(UserWarning, match="choose them with"):
+    with pytest.warns(UserWarning, match="not 'triton'"):
         assert choose("auto", GPU, torch.bfloat16).name == "torch"
 
 

@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import on_device_of
+from .launch import on_device_of, register_limit
 from .table import Direction, head_tile_options, head_tile_registers
 from .token_logps import _edge_columns, _exp, _expm1, _split_row
 
@@ -71,17 +71,18 @@ def _bias_at(bias_ptr, column, mask):
 # ---------------------------------------------------------------------------------------------- forward
 
 # Nothing is specialised on values or addresses, as in token_logps.py: the last tile is narrower than the others.
-_PLAIN = ["stride", "stride_out", "words", "start", "softcap", "slope", "exps_scale"]
-_POINTERS = [
+_ARGUMENTS = [
     "logits_ptr", "bias_ptr", "targets_ptr", "top_ptr", "rest_ptr", "picked_ptr", "factor_ptr", "exps_ptr",
     "scale_ptr", "at_target_ptr", "grads_ptr",
+    "stride", "stride_out", "words", "start", "softcap", "slope", "exps_scale",
 ]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_PLAIN, do_not_specialize_on_alignment=_POINTERS)
+@triton.jit(do_not_specialize=_ARGUMENTS)
 def head_tile_fwd_kernel(
     logits_ptr, bias_ptr, targets_ptr, top_ptr, rest_ptr, picked_ptr, factor_ptr, exps_ptr,
-    stride, stride_out, words, start, softcap, slope, exps_scale,
+    stride: tl.int64, stride_out: tl.int64, words: tl.int32, start: tl.int32,
+    softcap: tl.float32, slope: tl.float32, exps_scale: tl.float32,
     BLOCK_V: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr, OUT_HINT: tl.constexpr, BIAS_HINT: tl.constexpr,
     CAPPED: tl.constexpr,
 ):  # fmt: skip
@@ -172,10 +173,10 @@ def head_tile_fwd_kernel(
 # ---------------------------------------------------------------------------------------------- backward
 
 
-@triton.jit(do_not_specialize=_PLAIN, do_not_specialize_on_alignment=_POINTERS)
+@triton.jit(do_not_specialize=_ARGUMENTS)
 def head_tile_bwd_kernel(
     logits_ptr, bias_ptr, targets_ptr, top_ptr, scale_ptr, at_target_ptr, grads_ptr,
-    stride, stride_out, words, start, softcap, slope,
+    stride: tl.int64, stride_out: tl.int64, words: tl.int32, start: tl.int32, softcap: tl.float32, slope: tl.float32,
     BLOCK_V: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr, OUT_HINT: tl.constexpr, BIAS_HINT: tl.constexpr,
     CAPPED: tl.constexpr,
 ):  # fmt: skip
@@ -278,15 +279,14 @@ def _launch(
 ) -> dict[str, int]:
     """Block sizes, and what the addresses of this tile allow to be moved at once."""
     words = logits.shape[1]
-    options = head_tile_options(direction, words, logits.dtype)
+    options = head_tile_options(direction, words, logits.dtype, device=logits.device)
     vec = options.vec
     place, step = _place(logits, vec)
     aligned = place == step == words % vec == 0
     same = out is not None and (place, step) == _place(out, vec)
     registers = head_tile_registers(direction, aligned=aligned, capped=capped, biased=bias is not None)
-    limit = {} if registers is None or torch.version.hip is not None else {"maxnreg": registers}
     return {
-        **limit,
+        **register_limit(registers),
         "BLOCK_V": options.block_v,
         "VEC": vec,
         "ALIGNED": aligned,

@@ -1,4 +1,4 @@
-"""What every launcher needs: the right device, and how many threads move in step on it."""
+"""What every launcher needs: the right device, and options that only one vendor's compiler has."""
 
 from __future__ import annotations
 
@@ -18,3 +18,8 @@ def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
+
+
+def register_limit(registers: int | None) -> dict[str, int]:
+    """The launch option for at most so many registers a thread, which NVIDIA's compiler has and AMD's has not."""
+    return {} if registers is None or torch.version.hip is not None else {"maxnreg": registers}

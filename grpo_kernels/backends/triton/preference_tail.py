@@ -26,13 +26,12 @@ import triton
 import triton.language as tl
 
 from ...types import LOSS_TYPES
-from .launch import on_device_of
-from .table import ROBUST_LOSS_BLOCK, ROBUST_LOSS_WARPS, tail_options
+from .launch import on_device_of, register_limit
+from .table import ROBUST_LOSS_BLOCK, ROBUST_LOSS_WARPS, tail_options, tail_registers
 
 _SIGMOID = tl.constexpr(LOSS_TYPES.index("sigmoid"))
 _HINGE = tl.constexpr(LOSS_TYPES.index("hinge"))
 _IPO = tl.constexpr(LOSS_TYPES.index("ipo"))
-_NAN = tl.constexpr(float("nan"))
 
 
 # ---------------------------------------------------------------------------------------------- helpers
@@ -127,23 +126,25 @@ def _sequence_sums(
 
 # ---------------------------------------------------------------------------------------------- forward
 
-_PLAIN = ["num_pairs", "num_groups", "rows", "length", "ignore_index", "beta_bits", "smoothing_bits"]
-_POINTERS = [
+# Nothing is specialised on values or addresses, as in token_logps.py.
+_ARGUMENTS = [
     "token_logps_ptr", "targets_ptr", "cu_seqlens_ptr", "ref_logps_ptr", "group_ids_ptr", "pair_weights_ptr",
     "policy_logps_ptr", "lengths_ptr", "margins_ptr", "rewards_ptr", "losses_ptr", "slopes_ptr", "group_sums_ptr",
     "group_counts_ptr", "group_losses_ptr",
+    "num_pairs", "num_groups", "rows", "length", "ignore_index", "beta_bits", "smoothing_bits",
+]  # fmt: skip
+_ROBUST_ARGUMENTS = [
+    "losses_ptr", "group_ids_ptr", "group_weights_ptr", "weights_ptr", "loss_ptr", "num_pairs", "num_groups",
 ]  # fmt: skip
 
 
-_ROBUST_POINTERS = ["losses_ptr", "group_ids_ptr", "group_weights_ptr", "weights_ptr", "loss_ptr"]
-
-
-@triton.jit(do_not_specialize=_PLAIN, do_not_specialize_on_alignment=_POINTERS)
+@triton.jit(do_not_specialize=_ARGUMENTS)
 def preference_tail_kernel(
     token_logps_ptr, targets_ptr, cu_seqlens_ptr, ref_logps_ptr, group_ids_ptr, pair_weights_ptr,
     policy_logps_ptr, lengths_ptr, margins_ptr, rewards_ptr, losses_ptr, slopes_ptr, group_sums_ptr, group_counts_ptr,
     group_losses_ptr,
-    num_pairs, num_groups, rows, length, ignore_index, beta_bits, smoothing_bits,
+    num_pairs: tl.int32, num_groups: tl.int32, rows: tl.int64, length: tl.int32, ignore_index: tl.int64,
+    beta_bits: tl.int64, smoothing_bits: tl.int64,
     LOSS_TYPE: tl.constexpr, LENGTH_NORMALIZE: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
 ):  # fmt: skip
@@ -194,8 +195,8 @@ def preference_tail_kernel(
             tl.store(margins_ptr + pair, margin.to(dtype), mask=inside)
             tl.store(rewards_ptr + pair, (beta * ratio_w).to(dtype), mask=inside)
             tl.store(rewards_ptr + lose, (beta * ratio_l).to(dtype), mask=inside)
-            tl.store(losses_ptr + pair, tl.where(known, value, _NAN).to(dtype), mask=inside)
-            tl.store(slopes_ptr + pair, tl.where(known, slope, _NAN).to(dtype), mask=inside)
+            tl.store(losses_ptr + pair, tl.where(known, value, float("nan")).to(dtype), mask=inside)
+            tl.store(slopes_ptr + pair, tl.where(known, slope, float("nan")).to(dtype), mask=inside)
 
         member = group_id[:, None] == group[None, :]
         sums += tl.sum(tl.where(member, value[:, None], 0.0), axis=0)
@@ -207,10 +208,11 @@ def preference_tail_kernel(
     tl.store(group_losses_ptr + group, means.to(group_losses_ptr.dtype.element_ty), mask=group < num_groups)
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_groups"], do_not_specialize_on_alignment=_ROBUST_POINTERS)
+@triton.jit(do_not_specialize=_ROBUST_ARGUMENTS)
 def robust_loss_kernel(
-    losses_ptr, group_ids_ptr, group_weights_ptr, weights_ptr, loss_ptr, num_pairs, num_groups, BLOCK: tl.constexpr
-):
+    losses_ptr, group_ids_ptr, group_weights_ptr, weights_ptr, loss_ptr,
+    num_pairs: tl.int32, num_groups: tl.int32, BLOCK: tl.constexpr,
+):  # fmt: skip
     """``loss = (1/B) sum_i w[g_i] l_i`` and the weights of the pairs; one program, all pairs in order."""
     total = tl.zeros([BLOCK], tl.float64)
     for first in range(0, num_pairs, BLOCK):
@@ -255,7 +257,7 @@ def preference_tail(
     num_pairs, num_groups = group_ids.numel(), group_sums.numel()
     rows = token_logps.numel()
     mean_length = rows // max(2 * num_pairs, 1)
-    options = tail_options(mean_length, num_groups)
+    options = tail_options(mean_length, num_groups, device=token_logps.device)
     with on_device_of(token_logps):
         preference_tail_kernel[(max(triton.cdiv(num_groups, options.block_groups), 1),)](
             token_logps, targets, cu_seqlens, ref_logps, group_ids, pair_weights,
@@ -263,7 +265,7 @@ def preference_tail(
             num_pairs, num_groups, rows, mean_length, ignore_index, _bits(beta), _bits(label_smoothing),
             LOSS_TYPE=loss_type, LENGTH_NORMALIZE=length_normalize,
             BLOCK_PAIRS=options.block_pairs, BLOCK_TOKENS=options.block_tokens, BLOCK_GROUPS=options.block_groups,
-            num_warps=options.num_warps,
+            num_warps=options.num_warps, **register_limit(tail_registers(options.num_warps)),
         )  # fmt: skip
 
 

@@ -1,7 +1,10 @@
 """Block sizes and warps by vocabulary and dtype.
 
 A table, and not an autotuner: a training run should not stop at its first step, or at a new shape, to time
-kernels.  ``python -m benchmarks.tune_triton`` times the candidates on a GPU and prints this table anew.
+kernels.  ``grpo-kernels tune`` times the candidates on a user's device and keeps what is faster for the shape it was
+told in the tuning file of that device, whose entries go before the table's (``backends/tuned.py``); with ``--out`` it
+writes the lines of this table anew.  The number of stages is no option: no loop here multiplies matrices, and the
+compiler makes the same program of any.
 The entries follow from the compiler's report and the counting below; they have not been run on a GPU.
 
 A multiprocessor of an H100 needs some 20 KB of loads in flight to keep its memory busy.  Forward, at 32 registers
@@ -15,6 +18,8 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
+
+from .. import tuned
 
 Direction = Literal["fwd", "bwd"]
 
@@ -79,20 +84,28 @@ ROBUST_LOSS_WARPS = 128 // WARP_SIZE
 
 
 def token_logps_options(
-    direction: Direction, vocabulary: int, dtype: torch.dtype, warp_size: int = WARP_SIZE
+    direction: Direction,
+    vocabulary: int,
+    dtype: torch.dtype,
+    warp_size: int = WARP_SIZE,
+    device: torch.device | None = None,
 ) -> TokenLogpsOptions:
-    """The entry for rows of ``vocabulary`` elements of ``dtype``."""
-    entries = TOKEN_LOGPS[direction, dtype.itemsize]
-    block_v, num_warps = next(entry[1:] for entry in entries if vocabulary <= entry[0])
+    """The entry for rows of ``vocabulary`` elements of ``dtype``: the one tuned on ``device``, else the table's."""
+    found = None if device is None else tuned.token_logps(device, direction, dtype, vocabulary)
+    block_v, num_warps = found or _entry(TOKEN_LOGPS[direction, dtype.itemsize], vocabulary)
     return TokenLogpsOptions(block_v, num_warps * 32 // warp_size, 16 // dtype.itemsize)
 
 
 def head_tile_options(
-    direction: Direction, words: int, dtype: torch.dtype, warp_size: int = WARP_SIZE
+    direction: Direction,
+    words: int,
+    dtype: torch.dtype,
+    warp_size: int = WARP_SIZE,
+    device: torch.device | None = None,
 ) -> HeadTileOptions:
-    """The entry for a tile of ``words`` words whose logits are of ``dtype``."""
-    entries = HEAD_TILE[direction, dtype.itemsize]
-    block_v, num_warps = next(entry[1:] for entry in entries if words <= entry[0])
+    """The entry for a tile of ``words`` words whose logits are of ``dtype``: tuned on ``device``, else the table's."""
+    found = None if device is None else tuned.head_tile(device, direction, dtype, words)
+    block_v, num_warps = found or _entry(HEAD_TILE[direction, dtype.itemsize], words)
     return HeadTileOptions(block_v, num_warps * 32 // warp_size, 16 // dtype.itemsize)
 
 
@@ -101,8 +114,25 @@ def head_tile_registers(direction: Direction, *, aligned: bool, capped: bool, bi
     return 64 if direction == "fwd" and capped and biased and not aligned else None
 
 
-def tail_options(mean_length: float, num_groups: int, warp_size: int = WARP_SIZE) -> TailOptions:
-    """The entry for sequences of this mean length."""
-    block_pairs, block_tokens = next(entry[1:] for entry in TAIL if mean_length <= entry[0])
+def tail_options(
+    mean_length: float, num_groups: int, warp_size: int = WARP_SIZE, device: torch.device | None = None
+) -> TailOptions:
+    """The entry for sequences of this mean length: the one tuned on ``device``, else the table's."""
+    found = None if device is None else tuned.tail(device, mean_length)
+    block_pairs, block_tokens, num_warps = found or (*_entry(TAIL, mean_length), TAIL_WARPS)
     block_groups = 16 if num_groups <= 16 else TAIL_BLOCK_GROUPS
-    return TailOptions(block_pairs, block_tokens, block_groups, TAIL_WARPS * 32 // warp_size)
+    return TailOptions(block_pairs, block_tokens, block_groups, num_warps * 32 // warp_size)
+
+
+def tail_registers(num_warps: int) -> int:
+    """``maxnreg`` of NVIDIA's compiler for the tail: all that a multiprocessor has for so many threads.
+
+    Left alone, the compiler aims at a second or third block on the multiprocessor and would sooner spill a word than
+    lose it; the tail is one block, or one on each of a few multiprocessors.
+    """
+    return min(255, (1 << 16) // (32 * num_warps))
+
+
+def _entry(entries: tuple[tuple[float, int, int], ...], size: float) -> tuple[int, int]:
+    """What the first range says that ``size`` falls into."""
+    return next((a, b) for most, a, b in entries if size <= most)

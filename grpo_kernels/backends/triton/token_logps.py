@@ -27,7 +27,6 @@ from .table import token_logps_options
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 """Where running maxima start: finite, so that -inf minus the maximum is -inf and never NaN."""
-_NAN = tl.constexpr(float("nan"))
 _NEG_INF = tl.constexpr(float("-inf"))
 
 
@@ -103,19 +102,21 @@ def _fill_row(
 
 # ---------------------------------------------------------------------------------------------- forward
 
-# Nothing is specialised on the values of integers or on the alignment of pointers: a new sequence length must not
-# mean a new compilation in the middle of a run.  What alignment allows is said by ALIGNED instead.
-_PLAIN = [
-    "stride_sequence", "stride_row", "stride_grad_sequence", "stride_grad_row",
-    "length", "vocabulary", "ignore_index",
+# Nothing is specialised on values of numbers or on addresses and sizes of tensors, and a number has one type whatever
+# its value: a new sequence length must not mean a new compilation in the middle of a run.  What alignment allows is
+# said by ALIGNED instead.  On AMD Triton would else tell storages of up to 2 GiB from larger ones, and lose what
+# tl.multiple_of promises on the way: loads of 2 bytes instead of 16.
+_ARGUMENTS = [
+    "logits_ptr", "targets_ptr", "logps_ptr", "lse_ptr", "grad_logps_ptr", "grad_logits_ptr",
+    "stride_sequence", "stride_row", "stride_grad_sequence", "stride_grad_row", "length", "vocabulary", "ignore_index",
 ]  # fmt: skip
-_POINTERS = ["logits_ptr", "targets_ptr", "logps_ptr", "lse_ptr", "grad_logps_ptr", "grad_logits_ptr"]
 
 
-@triton.jit(do_not_specialize=_PLAIN, do_not_specialize_on_alignment=_POINTERS)
+@triton.jit(do_not_specialize=_ARGUMENTS)
 def token_logps_fwd_kernel(
     logits_ptr, targets_ptr, logps_ptr, lse_ptr,
-    stride_sequence, stride_row, length, vocabulary, ignore_index,
+    stride_sequence: tl.int64, stride_row: tl.int64,
+    length: tl.int32, vocabulary: tl.int32, ignore_index: tl.int64,
     BLOCK_V: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """``logps[r] = z[r, y_r] - lse_r``; one program per row, one read of the row."""
@@ -139,7 +140,7 @@ def token_logps_fwd_kernel(
 
     # Issued before the loop, so that its latency hides behind the row's.
     known = (target >= 0) & (target < vocabulary)
-    z_target = tl.load(row_ptr + target, mask=known, other=_NAN).to(tl.float32)
+    z_target = tl.load(row_ptr + target, mask=known, other=float("nan")).to(tl.float32)
 
     top = tl.full([LANES], _LOWEST, tl.float32)
     total = tl.zeros([LANES], tl.float32)
@@ -159,7 +160,7 @@ def token_logps_fwd_kernel(
     row_top = tl.max(top, axis=0)
     row_total = tl.sum(total * _exp(top - row_top), axis=0)
     # A row of only -inf leaves the total at 0, and one with NaN or +inf leaves it NaN: both are NaN in torch.
-    log_total = tl.where(row_total > 0, tl.log(row_total), _NAN)
+    log_total = tl.where(row_total > 0, tl.log(row_total), float("nan"))
     tl.store(lse_ptr + row, row_top + log_total)
     tl.store(logps_ptr + row, (z_target - row_top) - log_total)
 
@@ -167,10 +168,11 @@ def token_logps_fwd_kernel(
 # ---------------------------------------------------------------------------------------------- backward
 
 
-@triton.jit(do_not_specialize=_PLAIN, do_not_specialize_on_alignment=_POINTERS)
+@triton.jit(do_not_specialize=_ARGUMENTS)
 def token_logps_bwd_kernel(
     logits_ptr, targets_ptr, lse_ptr, grad_logps_ptr, grad_logits_ptr,
-    stride_sequence, stride_row, stride_grad_sequence, stride_grad_row, length, vocabulary, ignore_index,
+    stride_sequence: tl.int64, stride_row: tl.int64, stride_grad_sequence: tl.int64, stride_grad_row: tl.int64,
+    length: tl.int32, vocabulary: tl.int32, ignore_index: tl.int64,
     BLOCK_V: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr, GRAD_HINT: tl.constexpr,
 ):  # fmt: skip
     """``dz[r, v] = c_r ((v == y_r) - exp(z[r, v] - lse_r))``; one program per row, one read and one write of it.
@@ -193,7 +195,7 @@ def token_logps_bwd_kernel(
     known = (target >= 0) & (target < vocabulary)
     ignored = target == ignore_index
     if ignored | (known == 0):
-        value = tl.where(ignored, 0.0, _NAN)
+        value = tl.where(ignored, 0.0, float("nan"))
         _fill_row(grad_ptr, grad_body_ptr, value, head, body, vocabulary, BLOCK_V, VEC, ALIGNED)
         return
 
@@ -234,7 +236,7 @@ def token_logps_fwd(
     if targets.numel() == 0:
         return
     _, length, vocabulary = logits.shape
-    options = token_logps_options("fwd", vocabulary, logits.dtype)
+    options = token_logps_options("fwd", vocabulary, logits.dtype, device=logits.device)
     with on_device_of(logits):
         token_logps_fwd_kernel[(targets.numel(),)](
             logits, targets, logps, lse,
@@ -256,7 +258,7 @@ def token_logps_bwd(
     if grad_logits.numel() == 0:
         return
     _, length, vocabulary = logits.shape
-    options = token_logps_options("bwd", vocabulary, logits.dtype)
+    options = token_logps_options("bwd", vocabulary, logits.dtype, device=logits.device)
     with on_device_of(logits):
         token_logps_bwd_kernel[(targets.numel(),)](
             logits, targets, lse, grad_logps, grad_logits,

@@ -1,7 +1,8 @@
-"""The command line: ``grpo-kernels train | eval | plot | info``.
+"""The command line: ``grpo-kernels train | eval | plot | info | prove | tune``.
 
 Exit codes: 0; 2 for what the user can put right, in one line on standard error; 1 for a run that failed (a loss that
-is not finite); 130 when interrupted.  ``GRPO_KERNELS_TRACEBACK=1`` shows where an error came from.
+is not finite) and for a proof in which a kernel was wrong; 3 for a proof without a verdict; 130 when interrupted.
+``GRPO_KERNELS_TRACEBACK=1`` shows where an error came from.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ usage: grpo-kernels COMMAND ...
             grpo-kernels eval RUN_DIR                 grpo-kernels eval MODEL --data.test PAIRS.jsonl
   plot    held-out loss, accuracy and group weights over time, runs side by side
             grpo-kernels plot RUN_DIR [RUN_DIR ...] --out report.png
-  info    versions, devices, and which backends are here
+  info    versions, devices, which backends are here and whether they are proven
+  prove   check the kernels on this machine's device, which backend="auto" does at its first call
+            grpo-kernels prove                        grpo-kernels prove --device cuda:1 --backend triton
+  tune    blocks, tiles and backends chosen on this device for the shape of your model
+            grpo-kernels tune --model FOLDER          grpo-kernels tune --vocab 32000 --hidden 4096
 
 grpo-kernels COMMAND --help says more; --version prints the version.
 """
@@ -61,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_USAGE, end="")
         return 0 if arguments else 2
     if arguments[0] == "--version":
-        from . import __version__
+        from .. import __version__
 
         print(f"grpo-kernels {__version__}")
         return 0
@@ -94,7 +99,7 @@ def _guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
 
 def _exit_code(error: Exception) -> int | None:
     """2 for what the user can put right, 1 for a run that failed, None for a fault of this package."""
-    from .types import UnavailableBackendError
+    from ..types import UnavailableBackendError
 
     if isinstance(error, (ValueError, TypeError, ImportError, OSError, UnavailableBackendError)):
         return 2
@@ -132,19 +137,19 @@ def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
 
 
 def _say(text: str) -> None:
-    from .trainer.terminal import printable
+    from ..trainer.terminal import printable
 
     # One line, whatever a message quotes out of a file.
     print(f"grpo-kernels: {printable(' '.join(text.split()))}", file=sys.stderr)
 
 
 def _train(arguments: list[str]) -> int:
-    from .trainer.config import TrainConfig
+    from ..trainer.config import TrainConfig
 
     config = _parse(
         TrainConfig, arguments, "grpo-kernels train [--config FILE.yaml] [--SECTION.SETTING VALUE ...]", _TRAIN_ABOUT
     )
-    from .trainer.loop import train
+    from ..trainer.loop import train
 
     train(config)
     if not config.quiet and _rank() == 0:
@@ -153,7 +158,7 @@ def _train(arguments: list[str]) -> int:
 
 
 def _eval(arguments: list[str]) -> int:
-    from .trainer.evaluate_model import EvalConfig, defaults_for, evaluate_model, groups_of, is_run
+    from ..trainer.evaluate_model import EvalConfig, defaults_for, evaluate_model, groups_of, is_run
 
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError("eval runs in one process: start it without torchrun")
@@ -193,7 +198,7 @@ def _plot(arguments: list[str]) -> int:
     # One line, as everywhere, not argparse's two.
     parser.error = _raise  # type: ignore[method-assign]
     given = parser.parse_args(arguments)
-    from .trainer.report import plot
+    from ..trainer.report import plot
 
     out = given.out or Path(given.runs[0]) / "report.png"
     print(plot(given.runs, out, titles=given.titles, heading=given.heading))
@@ -205,40 +210,26 @@ def _raise(message: str) -> NoReturn:
 
 
 def _info(arguments: list[str]) -> int:
-    """Uses nothing but torch, so that it can say what is missing."""
-    if arguments:
-        if set(arguments) <= {"-h", "--help"}:
-            print("usage: grpo-kernels info\n\nVersions, devices, which backends are here and why the others are not.")
-            return 0
-        raise ValueError(f"info takes no arguments, got {' '.join(arguments)}")
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
+    from .devices import info
 
-    import torch
-
-    from . import __version__, backends
-
-    print(f"grpo_kernels  {__version__}")
-    print(f"python        {platform.python_version()} on {platform.system()} {platform.machine()}")
-    for package in ("torch", "triton", "transformers", "peft", "datasets", "trl", "tensorboard", "matplotlib"):
-        try:
-            found = version(package)
-        except PackageNotFoundError:
-            found = "not installed"
-        print(f"{package:<13} {found}")
-    print("\ndevices")
-    print(f"  cpu     {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
-    for i in range(torch.cuda.device_count()):
-        device = torch.cuda.get_device_properties(i)
-        capability = f"sm_{device.major}{device.minor}" if torch.version.hip is None else device.gcnArchName
-        print(f"  cuda:{i}  {device.name}, {capability}, {device.total_memory / 2**30:.0f} GiB")
-    print("\nbackends")
-    for name, reason in backends().items():
-        print(f"  {name:<7} {'here' if reason is None else 'not here: ' + ' '.join(reason.split())}")
-    return 0
+    return info(arguments)
 
 
-_COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": _train, "eval": _eval, "plot": _plot, "info": _info}
+def _prove(arguments: list[str]) -> int:
+    from .devices import prove
+
+    return prove(arguments)
+
+
+def _tune(arguments: list[str]) -> int:
+    from .tune import tune
+
+    return tune(arguments)
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train, "eval": _eval, "plot": _plot, "info": _info, "prove": _prove, "tune": _tune,
+}  # fmt: skip
 
 
 def _parse(
@@ -250,7 +241,7 @@ def _parse(
     except ImportError as error:
         raise ImportError("the trainer's commands need its packages: pip install 'grpo-kernels[train]'") from error
 
-    from .trainer.config_file import check_config_file, did_you_mean, is_setting
+    from ..trainer.config_file import check_config_file, did_you_mean, is_setting
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog="grpo-kernels", usage=usage, description=description, exit_on_error=False)
@@ -311,7 +302,3 @@ def run() -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
-
-
-if __name__ == "__main__":
-    run()

@@ -1,0 +1,5 @@
+"""``python -m grpo_kernels.cli``, which torchrun can start."""
+
+from . import run
+
+run()
