@@ -24,7 +24,7 @@ test: $(VENV)/.dev ## the core tests, at most 8 minutes on two cores
 	$(PY) -m pytest -n $(JOBS) --dist worksteal -q
 
 test-slow: $(VENV)/.dev ## real data, drawn cases, wheels, every GPU architecture
-	$(PY) -m pytest -q -m "slow or realdata" --durations 10
+	$(PY) -m pytest -n $(JOBS) --dist worksteal -q -m "slow or realdata" --durations 10
 
 test-nightly: $(VENV)/.dev ## the long ones with more cases: 50,000 drawn ones, 100 kills; some hours
 	GRPO_KERNELS_NIGHTLY=1 $(PY) -m pytest -q -m slow --durations 10

@@ -10,7 +10,8 @@ import tempfile
 import pytest
 import torch
 
-# Neither the proofs nor the tuning of whoever runs the tests; processes that tests start inherit it.
+# A cache folder of their own: the tests read neither the proofs nor the tuning of the user who runs them.  Processes
+# that tests start inherit it.
 if "PYTEST_CACHE_OF_KERNELS" not in os.environ:
     os.environ["GRPO_KERNELS_CACHE"] = os.environ["PYTEST_CACHE_OF_KERNELS"] = tempfile.mkdtemp(prefix="grpo-kernels-")
     atexit.register(shutil.rmtree, os.environ["GRPO_KERNELS_CACHE"], ignore_errors=True)

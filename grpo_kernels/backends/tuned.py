@@ -291,7 +291,7 @@ def _read_wanted(device: torch.device) -> Tuning | None:
     if setting() == "never" or device.type not in ("cpu", "cuda"):
         return None
     with contextlib.suppress(OSError):
-        # The key costs reading the package's source, which who never tuned should not pay for.
+        # The key needs a hash of the package's source; a machine that was never tuned does not compute it.
         if any(cache.folder().glob("tuned-*.json")):
             path = path_of(device)
             if path.exists():

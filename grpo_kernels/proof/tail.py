@@ -33,7 +33,7 @@ def cases(place: Place) -> Iterator[Case]:
     ):
         name = f"{loss_type}, {'mean' if normalize else 'sum'} of tokens, {short(dtype)}"
         name += f"{', reference' if ref else ''}{', pair weights' if weights else ''}"
-        # What is absent is one more compilation for whoever waits for the proof.
+        # Each absent argument is one more compilation, which lengthens the proof.
         usual, plain = ref and not weights, loss_type == "sigmoid" and not normalize
         quick = dtype is torch.float32 and (usual or plain)
         yield Case(TAIL, name, quick, partial(check_losses, place, dtype, loss_type, normalize, ref, weights))

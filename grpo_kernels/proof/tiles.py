@@ -39,7 +39,7 @@ def cases(place: Place) -> Iterator[Case]:
         name = f"{words} words from element {first}, {short(dtype)}"
         for holds, text in ((capped, "softcap"), (biased, "bias"), (wide, "float32 GEMM output")):
             name += f", {text}" if holds else ""
-        # Each alignment, bias, softcap and dtype is one more compilation for whoever waits for the proof.
+        # Each alignment, bias, softcap and dtype is one more compilation, which lengthens the proof.
         if dtype is torch.bfloat16:
             quick = capped == biased and (words, first) in ((4500, 1), (1024, 0))
         else:

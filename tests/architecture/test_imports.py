@@ -61,7 +61,7 @@ PUBLIC_ONLY = {"trainer", "integrations", "cli", "proof"}
 """Users of the package that happen to live in it: they have its public names, and one another."""
 
 COMMANDS = {"tune"}
-"""What commands are made of, and nobody but the command line calls."""
+"""Packages that implement commands; only the command line imports them."""
 
 SHARED_WORDS = {"types", "checks"}
 """What they share with the core besides: the names of things, and how a bad setting is refused."""

@@ -136,7 +136,7 @@ class Utils:
 class Launcher:
     """Checks each argument against the kernel's signature, then hands it to Triton's launcher.
 
-    Triton 3.9 cuts an integer that does not fit down to the bits of its type, without a word.
+    Triton 3.9 silently truncates an integer that does not fit its type.
     """
 
     def __init__(self, driver: Driver, real: Any, source: Any, metadata: Any) -> None:

@@ -97,12 +97,14 @@ def test_launchers(gpu, tests):
 @outside
 @pytest.mark.slow
 def test_the_whole_matrix_and_the_oldest_triton():
-    """The matrix with the installed Triton and the oldest that the package takes, two processes at a time."""
+    """The matrix with the installed Triton and the oldest that the package takes, two processes at a time.
+
+    With the installed one, other GPUs are test_triton_aot.py's.
+    """
     matrix = ["test_matrix", "test_matrix_programs"]
     old, reason = oldest_triton()
     with ThreadPoolExecutor(2) as pool:
         runs = [pool.submit(run_inside, "sm_90", matrix, path, **{MATRIX: "1"}) for path in dict.fromkeys([None, old])]
-        runs += [pool.submit(run_inside, gpu, kernel_tests()) for gpu in NVIDIA if gpu != "sm_90"]
         if old is not None:
             runs += [pool.submit(run_inside, gpu, kernel_tests(), old) for gpu in (*NVIDIA, *AMD)]
         for run in runs:
