@@ -100,7 +100,9 @@ operations may be missing from a backend; the head then takes those of ``torch``
 from __future__ import annotations
 
 import importlib
+import os
 import platform
+import sys
 import warnings
 from types import ModuleType
 from typing import TYPE_CHECKING, Protocol, cast
@@ -240,7 +242,7 @@ def decided(device: torch.device, dtype: torch.dtype) -> Backend:
     if place not in _chosen:
         from . import verdicts
 
-        names = [*_candidates(device, dtype), "torch"]
+        names = [*candidates(device, dtype), "torch"]
         found = next(name for name in names if name == "torch" or status(name, device).passed)
         if found != names[0] or verdicts.policy() == "always":
             return _load(found)  # auto may yet prove one that it prefers
@@ -267,7 +269,7 @@ def _choose_named(name: str, device: torch.device, dtype: torch.dtype) -> Backen
     return _load(name)
 
 
-def _candidates(device: torch.device, dtype: torch.dtype) -> list[str]:
+def candidates(device: torch.device, dtype: torch.dtype) -> list[str]:
     """The backends that ``auto`` may pick before ``torch``, best first."""
     from . import tuned
 
@@ -285,22 +287,25 @@ def _candidates(device: torch.device, dtype: torch.dtype) -> list[str]:
 
 def _choose_auto(device: torch.device, dtype: torch.dtype, may_prove: bool) -> tuple[Backend, bool]:
     """The backend, and whether that is the answer for the rest of the process."""
+    kind, names = device_kind(device), candidates(device, dtype)
+    if names and (names[0], kind) in PROVEN and not os.environ.get("GRPO_KERNELS_PROVE"):
+        return _load(names[0]), True
     from . import verdicts
 
-    kind, always = device_kind(device), verdicts.policy() == "always"
-    undecided = []
-    for name in _candidates(device, dtype):
+    always = verdicts.policy() == "always"
+    undecided: list[str] = []
+    for name in names:
         if (name, kind) in PROVEN and not always:
-            return _load(name), True
+            return _load(name), may_prove or not undecided
         verdict = verdicts.decide(name, device) if may_prove else verdicts.known(name, device)
         if verdict.passed:
-            return _load(name), True
+            return _load(name), may_prove or not undecided  # else an ordinary call may prove one that is preferred
         if verdict.status == "unknown":
             undecided.append(name)
         else:
             _warn_once(_unproven(name, device, verdict))
     if undecided:
-        names = " or ".join(map(repr, undecided))
+        passed_by = " or ".join(map(repr, undecided))
         why = (
             "GRPO_KERNELS_PROVE=never, and neither a recorded run nor a proof on this device is there"
             if verdicts.policy() == "never"
@@ -308,8 +313,8 @@ def _choose_auto(device: torch.device, dtype: torch.dtype, may_prove: bool) -> t
             "capture of a CUDA graph: make one call before"
         )
         _warn_once(
-            f"backend='auto' takes plain PyTorch operations here, not {names}: {why}. `grpo-kernels prove` makes the "
-            f"proof; backend={undecided[0]!r} takes the kernels unproven."
+            f"backend='auto' takes plain PyTorch operations here, not {passed_by}: {why}. `grpo-kernels prove` makes "
+            f"the proof; backend={undecided[0]!r} takes the kernels unproven."
         )
     return _load("torch"), may_prove
 
@@ -333,7 +338,15 @@ _warned: set[str] = set()
 def _warn_once(text: str) -> None:
     if text not in _warned:
         _warned.add(text)
-        warnings.warn(text, stacklevel=5)
+        warnings.warn(text, stacklevel=_outside())
+
+
+def _outside() -> int:
+    """The stack level of the first caller outside this package, whose line a warning should name."""
+    package, level, frame = os.path.dirname(os.path.dirname(__file__)), 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _load(name: str) -> Backend:

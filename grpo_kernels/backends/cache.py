@@ -34,9 +34,9 @@ def folder() -> Path:
         OSError: no home folder is known.
     """
     chosen = os.environ.get("GRPO_KERNELS_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
     try:
+        if chosen:
+            return Path(chosen).expanduser()
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     except RuntimeError as error:
         raise OSError(f"no home folder is known ({error}); set GRPO_KERNELS_CACHE to a folder") from error
@@ -105,10 +105,11 @@ def package_hash() -> str:
 
 def versions() -> dict[str, str]:
     """Python, torch, its GPU toolkit and Triton."""
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = "none"
+    triton = "none"
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "pytorch-triton-xpu"):  # PyTorch's builds rename it
+        with contextlib.suppress(PackageNotFoundError):
+            triton = version(name)
+            break
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -76,7 +77,8 @@ def problem(record: Mapping, name: str, kind: str, operations: Mapping[str, str]
         unused = [operation for operation in operations if not run["calls"].get(operation)]
         if unused:
             return f"the run {label} called no {', '.join(unused)}"
-    return None
+    # A dry run has none, and a tree with changes cannot be looked up.
+    return None if re.fullmatch(r"[0-9a-f]{7,64}", record["commit"]) else f"{record['commit']!r} is no commit"
 
 
 def today() -> str:

@@ -66,6 +66,16 @@ _decided: set[tuple[str, str]] = set()
 _lock = threading.RLock()
 
 
+def _after_fork() -> None:
+    """A thread that held the lock is not in the child, and would never release it."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def policy() -> str:
     """GRPO_KERNELS_PROVE.
 
@@ -145,14 +155,17 @@ def _key(name: str, device: torch.device) -> dict[str, str]:
     return {"backend": name, "isa": os.environ.get("GRPO_KERNELS_ISA", ""), **cache.key_of(device)}
 
 
-def _kept(name: str, device: torch.device) -> Verdict | None:
-    """The verdict in the cache folder, or None where there is none that can be believed."""
+def _kept(name: str, device: torch.device, since: float = 0.0) -> Verdict | None:
+    """The verdict in the cache folder, or None where there is none that can be believed, or none since then."""
     try:
         path, key = path_of(name, device), _key(name, device)
     except OSError:
         return None
     found = cache.read_json(path)
     if found is None or found.get("key") != key or found.get("status") not in ("passed", "failed"):
+        return None
+    made = found.get("time")
+    if not isinstance(made, float) or made < since:
         return None
     texts = [found.get(field) for field in ("reason", "date", "report")]
     if not all(isinstance(text, str) for text in texts):
@@ -183,7 +196,7 @@ def _prove_once(name: str, device: torch.device, *, anew: bool) -> Verdict:
         return Verdict("none", _unwritable(error))
     try:
         # Another process may have been here while this one waited; what it could not decide, this one cannot either.
-        if not anew and (kept := _kept(name, device)):
+        if kept := _kept(name, device, since if anew else 0.0):
             return kept
         attempt = cache.read_json(path.with_suffix(".attempt"))
         if attempt and isinstance(attempt.get("time"), float) and since <= attempt["time"] <= time.time():
@@ -192,7 +205,10 @@ def _prove_once(name: str, device: torch.device, *, anew: bool) -> Verdict:
             "checking the %r kernels on %s in a process of its own, once (up to %.0f s); the result is kept in %s",
             name, cache.describe_device(device)["device"], TIME_LIMIT, path.parent,
         )  # fmt: skip
-        run = child.run(name, device, seconds=TIME_LIMIT)
+        try:
+            run = child.run(name, device, seconds=TIME_LIMIT)
+        except Exception as error:  # a training run must not end because its kernels could not be checked
+            run = child.Run("none", f"the proof itself failed: {type(error).__name__}: {error}")
         try:
             return keep(name, device, run)
         except OSError as error:

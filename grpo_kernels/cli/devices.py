@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +19,8 @@ limit, ...)
 """
 
 NO_VERDICT = 3
+PROVABLE = ("cpu", "cuda", "triton")
+"""``torch`` is what the others are compared with."""
 
 
 def info(arguments: list[str]) -> int:
@@ -50,6 +53,9 @@ def info(arguments: list[str]) -> int:
         device = torch.cuda.get_device_properties(i)
         capability = f"sm_{device.major}{device.minor}" if torch.version.hip is None else device.gcnArchName
         print(f"  cuda:{i}  {device.name}, {capability}, {device.total_memory / 2**30:.0f} GiB")
+    print("\nsettings")
+    for name, value in _settings().items():
+        print(f"  {name:<20} {value}")
     print("\nbackends")
     for name, reason in backends().items():
         print(f"  {name:<7} {'here' if reason is None else 'not here: ' + ' '.join(reason.split())}")
@@ -59,6 +65,29 @@ def info(arguments: list[str]) -> int:
                 if known:
                     print(f"          {device}: {known}")
     return 0
+
+
+def _settings() -> dict[str, str]:
+    """The environment variables that decide what ``auto`` takes, and the tuning files that it follows."""
+    import torch
+
+    from ..backends import cache, tuned, verdicts
+
+    folder = cache.folder()
+    told = {
+        "GRPO_KERNELS_CACHE": str(folder),
+        "GRPO_KERNELS_PROVE": verdicts.policy(),
+        "GRPO_KERNELS_TUNED": tuned.setting(),
+    }
+    for device in _devices():
+        tuning = tuned.of(device)
+        if tuning is not None:
+            dtypes = sorted({entry["dtype"] for entry in tuning.sections["backends"].values()})
+            orders = [f"{dtype}: {', '.join(tuned.order(device, getattr(torch, dtype)))}" for dtype in dtypes]
+            told[f"tuned on {device}"] = (
+                f"{tuned.path_of(device).name}; backends by speed, {'; '.join(orders) or 'as ever'}"
+            )
+    return told
 
 
 def _devices() -> list[Any]:
@@ -82,25 +111,42 @@ def _known(name: str, device: Any) -> str:
         return "PyTorch's own operations, the fallback"
     verdict = status(name, device)
     return {
-        "recorded": f"proven by the recorded run {verdict.report}",
+        "recorded": f"proven by the run recorded in benchmarks/results/{verdict.report} of the repository",
         "passed": f"proven here, {verdict.date}",
         "failed": f"failed here, {verdict.date}: {verdict.reason}; the report is in {verdict.report}",
         "none": f"no verdict: {verdict.reason}",
-        "unknown": 'not proven yet: the first call with backend="auto" does it, or grpo-kernels prove',
+        "unknown": "not proven yet; " + _who_proves(name, device),
     }[verdict.status]
+
+
+def _who_proves(name: str, device: Any) -> str:
+    """What will make the proof that is missing."""
+    import torch
+
+    from ..backends import candidates, verdicts
+
+    if verdicts.policy() == "never":
+        return "GRPO_KERNELS_PROVE=never: only grpo-kernels prove does it"
+    names = candidates(device, torch.float32)
+    if name not in names:
+        return 'backend="auto" does not take it on this device'
+    before = names[: names.index(name)]
+    if before:
+        return f'backend="auto" tries {", ".join(before)} before it; grpo-kernels prove does it now'
+    return 'the first call with backend="auto" does it, or grpo-kernels prove'
 
 
 def prove(arguments: list[str]) -> int:
     """Run the proof of one or all backends on a device, in the foreground."""
-    options = _prove_options(arguments)
-
     import torch
 
-    from ..backends import backends, choose, records, verdicts
+    from ..backends import choose, records, verdicts
     from ..types import UnavailableBackendError
 
+    options = _prove_options(arguments)
+    verdicts.policy()  # a value that it cannot have is better said here than in the first call
     device = _device(options.device)
-    names = [options.backend] if options.backend else [name for name in backends() if name != "torch"]
+    names = [options.backend] if options.backend else PROVABLE
     wanted = []
     for name in names:
         try:
@@ -116,13 +162,11 @@ def prove(arguments: list[str]) -> int:
     codes = []
     for name in wanted:
         run = _prove_one(name, device, options)
-        try:
-            verdict = verdicts.keep(name, device, run)
-            print(f"kept in {verdicts.path_of(name, device).parent}")
-            if verdict.report:
-                print(f"the whole report is in {verdict.report}")
-        except OSError as error:
-            print(f"not kept: the cache folder cannot be written to ({error})")
+        verdict = verdicts.keep(name, device, run)
+        if run.status != "none":
+            print(f"kept in {verdicts.path_of(name, device)}")
+        if verdict.report:
+            print(f"the whole report is in {verdict.report}")
         if options.record:
             record = records.make(name, device, {name: run}, _command(arguments), options.commit)
             print(f"recorded in {records.write(record, Path(options.record))}")
@@ -131,20 +175,38 @@ def prove(arguments: list[str]) -> int:
 
 
 def _prove_options(arguments: list[str]) -> argparse.Namespace:
+    from ..backends import cache
+
     parser = argparse.ArgumentParser(
-        prog="grpo-kernels prove", description=_PROVE_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        prog="grpo-kernels prove", description=_PROVE_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
     parser.add_argument("--device", help="cpu, cuda or cuda:N; the first GPU unless told, the CPU where there is none")
     parser.add_argument("--backend", help="cpu, cuda or triton; every one that runs on the device unless told")
     parser.add_argument("--full", action="store_true", help="all cases, as the tests run them, not only the quick ones")
     parser.add_argument("--seconds", type=float, default=600.0, help="time limit of each backend (600)")
-    parser.add_argument("--record", metavar="DIR", help="write DIR/<kind of device>/prove-<backend>.json as well")
+    parser.add_argument("--record", metavar="DIR", help="also write DIR/<kind of device>/prove-<backend>.json")
     parser.add_argument("--commit", default="", help="what the record calls the source; what git says unless told")
     parser.error = _raise  # type: ignore[method-assign]
     options = parser.parse_args(arguments)
-    if not options.seconds > 0:
-        raise ValueError(f"--seconds must be positive, got {options.seconds:g}")
+    if not 0 < options.seconds <= 86400:
+        raise ValueError(f"--seconds must be positive and at most 86400, got {options.seconds:g}")
+    if options.backend is not None and options.backend not in PROVABLE:
+        raise ValueError(f"--backend must be {', '.join(PROVABLE[:-1])} or {PROVABLE[-1]}, got {options.backend!r}")
+    for name, folder in (("--record", options.record), ("GRPO_KERNELS_CACHE", cache.folder())):
+        if folder is not None:
+            _check_writable(name, Path(folder))
     return options
+
+
+def _check_writable(name: str, folder: Path) -> None:
+    """Before minutes are spent on a result that could not be kept."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{name} must be a folder that can be written to, got {str(folder)!r} ({error})") from None
 
 
 def _raise(message: str) -> NoReturn:
@@ -179,11 +241,12 @@ def _prove_one(name: str, device: Any, options: argparse.Namespace) -> Any:
     from ..backends import child
     from ..backends.cache import describe_device
 
-    print(f"{name} on {device} ({describe_device(device)['device']})", flush=True)
+    print(f"backend {name} on device {device} ({describe_device(device)['device']})", flush=True)
     progress = _Progress()
     run = child.run(name, device, full=options.full, seconds=options.seconds, progress=progress)
     progress.close()
-    print(f"  {'operations':<34}{'cases':>6}{'failed':>8}{'seconds':>9}")
+    if run.cases:
+        print(f"  {'operations':<34}{'cases':>6}{'failed':>8}{'seconds':>9}")
     rows: dict[str, list[Any]] = {}
     for case in run.cases:
         rows.setdefault(", ".join(case.operations), []).append(case)
@@ -195,8 +258,12 @@ def _prove_one(name: str, device: Any, options: argparse.Namespace) -> Any:
     if run.status == "none" and run.output.strip():
         print("  the last lines that the process printed:")
         print("\n".join(f"    {line[:200]}" for line in run.output.strip().splitlines()[-10:]))
-    told = {"passed": "passed", "failed": f"FAILED: {run.reason}", "none": f"no verdict: {run.reason}"}[run.status]
-    print(f"  {told}, {run.seconds:.0f} s", flush=True)
+    told = {
+        "passed": f"passed in {run.seconds:.0f} s",
+        "failed": f"FAILED: {run.reason}",
+        "none": f"no verdict: {run.reason}; nothing is kept.  The time limit is --seconds {options.seconds:g}",
+    }[run.status]
+    print(f"  {told}", flush=True)
     return run
 
 

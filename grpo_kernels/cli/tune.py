@@ -12,8 +12,9 @@ _ABOUT = """\
 Time on this device what the package's tables hold (blocks and warps of the kernels, tiles of the LM head, the backends
 themselves) for the shape of your model.  Each candidate is checked against float64 before it is timed, and replaces
 the table's entry only where it is more than 1 % faster.  What is found is kept in the cache folder, and every later
-process on this device follows it for this shape; GRPO_KERNELS_TUNED=never ignores it.  Nothing else should run on the
-device meanwhile.
+process on this device follows it: block and tile sizes for this shape, the order in which backend="auto" tries the
+backends for all tuned shapes of this dtype together.  GRPO_KERNELS_TUNED=never ignores it.  Nothing else should run on
+the device meanwhile.
 """
 
 
@@ -38,9 +39,9 @@ def tune(arguments: list[str]) -> int:
             (out / "table.txt").write_text(report.as_table(so_far), encoding="utf-8")
 
     started = time.monotonic()
-    print(f"tuning on {_name_of(shape.device)} for {shape}; at most about {seconds:.0f} s", flush=True)
+    print(f"tuning on {_name_of(shape.device)} for {shape}; about {seconds:.0f} s", flush=True)
     if shape.device.type == "cpu" and (load := _load()) > 1:
-        print(f"this machine is busy ({load:.1f} processes besides this one want its cores): times will scatter")
+        print(f"this machine is busy (load {load:.1f} on {os.cpu_count()} cores): times will scatter")
     try:
         found = run(shape, seconds, lambda line: print(f"  {line}", flush=True), after=write)
     except KeyboardInterrupt:
@@ -51,6 +52,7 @@ def tune(arguments: list[str]) -> int:
         print(f"refused: {line}")
     if found.order:
         print(f"backends, fastest first: {', '.join(found.order)} (auto takes the first of them that is proven here)")
+        print("plain PyTorch, written as one would without this package, is timed for comparison; auto never takes it")
     if found.stopped:
         print("time ran out before everything was tried, or made sure of: more --seconds may find more")
     if out is not None:
@@ -62,7 +64,7 @@ def tune(arguments: list[str]) -> int:
     if setting == "never":
         print("GRPO_KERNELS_TUNED=never is set: as long as it is, nothing follows this file")
     else:
-        print("GRPO_KERNELS_TUNED=never ignores it; deleting it forgets it")
+        print("GRPO_KERNELS_TUNED=never ignores it; deleting it forgets all shapes tuned on this device")
     return 0
 
 
@@ -70,11 +72,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="grpo-kernels tune", description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", metavar="FOLDER", help="a model's folder, of whose config.json the sizes are read")
+    parser.add_argument(
+        "--model", metavar="FOLDER", help="a model's folder on this machine; the sizes are read from its config.json"
+    )
     parser.add_argument("--vocab", type=int, metavar="V", help="words of the vocabulary, with --hidden in its place")
     parser.add_argument("--hidden", type=int, metavar="H", help="width of the hidden states")
     parser.add_argument(
-        "--rows", type=int, metavar="N", help="labelled tokens of a batch (2048 on a CPU, 16384 on a GPU unless told)"
+        "--rows",
+        type=int,
+        metavar="N",
+        help="labelled tokens of one step, chosen and rejected together (2048 on a CPU, 16384 on a GPU unless told)",
     )
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32 (bfloat16 unless told)")
     parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 (the first GPU, or the CPU, unless told)")

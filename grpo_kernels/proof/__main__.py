@@ -10,8 +10,10 @@ import argparse
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
@@ -21,30 +23,24 @@ import torch
 
 from ..backends import OPERATIONS
 from ..backends.cache import describe_device, package_hash
+from ..backends.child import NO_VERDICT
 from ..types import UnavailableBackendError
 from . import Mismatch, Place, cases
-
-NO_VERDICT = (
-    "out of memory",
-    "can't allocate memory",
-    "cannot allocate memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "busy or unavailable",
-    "no CUDA-capable device",
-    "driver initialization failed",
-    "Failed to find C compiler",
-    "No space left on device",
-)
-"""Parts of messages that say nothing about the kernels: the device or the machine had no room, or lacks a tool."""
 
 
 def main() -> int:
     """Run the cases and report each; the exit status is 0 where the report is complete."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m grpo_kernels.proof",
+        description="Check a backend's kernels on a device, one JSON object a line.",
+    )
     parser.add_argument("--backend", required=True)
     parser.add_argument("--device", required=True)
     parser.add_argument("--full", action="store_true", help="all cases instead of the quick ones")
+    parser.add_argument("--end-with-stdin", action="store_true", help="end as soon as standard input does")
     options = parser.parse_args()
+    if options.end_with_stdin:
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
     report = _Report()
     # An output element that a kernel forgets to write must not look right by luck.
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -75,7 +71,7 @@ def main() -> int:
                 return 0
             message = f"{type(error).__name__}: {error}"
         seconds = time.monotonic() - start
-        report(event="done", **about, passed=not message, seconds=round(seconds, 3), message=message)
+        report(event="done", **about, passed=not message, seconds=float(round(seconds, 3)), message=message)
         if message and not _usable(place):
             break  # a device that has faulted answers every call with the same error
     else:
@@ -87,13 +83,23 @@ def main() -> int:
     return 0
 
 
+def _end_with_stdin() -> None:
+    """End where the parent, which holds the other end, is gone: a case that hangs would keep the device for good."""
+    while os.read(0, 4096):
+        pass
+    if hasattr(os, "killpg") and os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)  # compilers that were started, too
+    os._exit(1)
+
+
 class _Report:
     """Writes events to what standard output was; standard output itself is standard error from here on."""
 
     def __init__(self) -> None:
-        self._out = os.fdopen(os.dup(1), "w")
         sys.stdout.flush()
+        self._out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
+        self._out.write("\n")  # what an import may have printed is no part of the first event
 
     def __call__(self, **event: Any) -> None:
         self._out.write(json.dumps(event) + "\n")

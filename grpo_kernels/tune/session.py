@@ -26,7 +26,7 @@ from . import candidates, checks, works
 from .checks import Mismatch, Place
 from .results import PATHS, PLAIN, TABLE, TUNED, Report, Result, text_of
 from .shapes import Shape
-from .sweep import NO_TIME, RIGHT, Candidate, Timer, check_all, fair_ends, sweep, time_all
+from .sweep import NO_TIME, RIGHT, Candidate, Timer, check_all, fair_ends, order_is_sure, sweep, time_all
 
 Content = Mapping[str, list[dict[str, Any]]]
 Say = Callable[[str], None]
@@ -225,15 +225,17 @@ class _Session:
         if sound:
             time_all(sound, self.timer, ends, FAR_BEHIND)
         self.report.times[path] = everyone
-        ms = {one.parameters["backend"]: 1e3 * one.median for one in sound if one.parameters["entries"] == TUNED}
-        if ms:
+        timed = [one for one in sound if one.parameters["entries"] == TUNED]
+        ms = {one.parameters["backend"]: 1e3 * one.median for one in timed}
+        if order_is_sure(timed):
             entry = self.base.find("backends", *self._identity().values()) or {**self._identity(), "ms": {}}
             self._add(backends=[{**entry, "ms": {**entry["ms"], path: ms}}])
         times = [by_name for entry in self.base.sections["backends"].values() for by_name in entry["ms"].values()]
         self.report.order = tuned.rank(times)
         self._release(everyone)
         fastest = min(ms, key=lambda name: ms[name]) if ms else "none"
-        self.say(f"{PATHS[path]:<22} {len(ms)} backends timed, the fastest is {fastest}, {_took(started)}")
+        sure = "" if order_is_sure(timed) else " in too few or too uneven rounds to change the order of the backends"
+        self.say(f"{PATHS[path]:<22} {len(ms)} backends timed, the fastest is {fastest}{sure}, {_took(started)}")
 
     def _check_once(self, name: str) -> Check:
         """The check of a whole backend, of which both paths want to know."""

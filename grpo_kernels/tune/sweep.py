@@ -30,6 +30,7 @@ PRUNING = {1: 1.5, 3: 1.2, 6: 1.08}
 SLOW_SECONDS, SLOW_FACTOR = 1.0, 3.0
 """Of the one run before the rounds: a candidate that took longer, and this many times the fastest's, has no others."""
 LEAST_ROUNDS, MOST_ROUNDS = 3, 15
+ORDER_ROUNDS = 5
 LEAST_FINAL_ROUNDS, FINAL_ROUNDS, FINAL_SHARE = 6, 15, 0.5
 PATIENCE = 1.5
 """By how much more than the time that is left the last rounds may take; if that is not enough, nothing is changed."""
@@ -85,6 +86,21 @@ class Candidate:
             return self.seconds[0], self.seconds[0]
         first, _, third = statistics.quantiles(self.seconds, n=4, method="inclusive")
         return first, third
+
+
+def order_is_sure(timed: Sequence[Candidate]) -> bool:
+    """Whether the times of backends, in the order of the registry, say which one ``auto`` should try first.
+
+    They do where the first is the fastest, so that nothing changes, or where the fastest is so in at least
+    ``ORDER_ROUNDS`` rounds and its upper quartile is below the lower quartile of the first.
+    """
+    if not timed:
+        return False
+    first, fastest = timed[0], min(timed, key=lambda one: one.median)
+    if fastest is first:
+        return True
+    enough = min(len(fastest.seconds), len(first.seconds)) >= ORDER_ROUNDS
+    return enough and fastest.quartiles[1] < first.quartiles[0]
 
 
 class Timer:

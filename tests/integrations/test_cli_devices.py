@@ -99,8 +99,8 @@ def test_a_failed_run_is_recorded_as_one(proof, capsys, tmp_path):
 
 
 KNOWN = {
-    "recorded": "proven by the recorded run",
-    "unknown": 'not proven yet: the first call with backend="auto" does it, or grpo-kernels prove',
+    "recorded": "proven by the run recorded in benchmarks/results/",
+    "unknown": 'not proven yet; the first call with backend="auto" does it, or grpo-kernels prove',
     "passed": "proven here, 20",
     "failed": "failed here, 20",
 }
@@ -129,9 +129,14 @@ def test_info_says_what_is_known_of_each_backend(proof, capsys, monkeypatch, sta
         (["--device", "gpu"], "--device must be cpu, cuda or cuda:N, got 'gpu'"),
         (["--device", "meta"], "--device must be cpu, cuda or cuda:N, got 'meta'"),
         (["--device", "cuda:77"], "--device cuda:77: PyTorch sees"),
-        (["--backend", "metal"], "backend must be 'auto' or one of"),
+        (["--backend", "metal"], "--backend must be cpu, cuda or triton, got 'metal'"),
+        (["--backend", "auto"], "--backend must be cpu, cuda or triton, got 'auto'"),
+        (["--backend", "torch"], "--backend must be cpu, cuda or triton, got 'torch'"),
+        (["--seconds", "inf"], "--seconds must be positive and at most 86400, got inf"),
+        (["--record", "/proc/nowhere"], "--record must be a folder that can be written to, got '/proc/nowhere'"),
+        (["--ful"], "unrecognized arguments: --ful"),
         (["--device", "cpu", "--backend", "cuda"], "backend='cuda' cannot be used here"),
-        (["--seconds", "0"], "--seconds must be positive, got 0"),
+        (["--seconds", "0"], "--seconds must be positive and at most 86400, got 0"),
         (["--seconds", "soon"], "invalid float value: 'soon'"),
         (["everything"], "unrecognized arguments: everything"),
     ],
@@ -145,9 +150,19 @@ def test_bad_arguments_are_one_line(proof, capsys, arguments, said):
     assert proof.asked == []
 
 
-def test_a_cache_that_cannot_be_written_loses_nothing_but_the_cache(proof, capsys, tmp_path):
+def test_a_cache_that_cannot_be_written_is_said_before_the_proof(proof, capsys, tmp_path):
     (tmp_path / "cache").write_text("a file where the folder should be")
     proof("passed")
-    code, out, _ = prove(capsys, "--device", "cpu")
-    assert code == 0
-    assert "not kept: the cache folder cannot be written to" in out
+    code, _, err = prove(capsys, "--device", "cpu")
+    assert code == 2
+    assert "GRPO_KERNELS_CACHE must be a folder that can be written to" in err
+    assert proof.asked == []
+
+
+@pytest.mark.parametrize(("name", "command"), [("PROVE", "info"), ("PROVE", "prove"), ("TUNED", "info")])
+def test_a_variable_with_a_value_that_it_cannot_have_is_one_line(proof, capsys, monkeypatch, name, command):
+    proof("passed")
+    monkeypatch.setenv(f"GRPO_KERNELS_{name}", "sometimes")
+    assert cli.main([command]) == 2
+    assert f"GRPO_KERNELS_{name} must be" in capsys.readouterr().err
+    assert proof.asked == []

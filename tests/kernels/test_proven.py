@@ -36,14 +36,14 @@ def run_of(status="passed", *, passed=True, calls=None):
 
 
 def test_a_passing_run_is_written_as_proven_wants_it(tmp_path):
-    record = records.make("cpu", CPU, {"avx2": run_of(), "baseline": run_of()}, "a command", "abc123")
+    record = records.make("cpu", CPU, {"avx2": run_of(), "baseline": run_of()}, "a command", "0123abc")
     kind = device_kind(CPU)
     path = records.write(record, tmp_path)
     assert path == tmp_path / kind / "prove-cpu.json"
     assert re.fullmatch(r"[A-Za-z0-9._-]+", kind)
     read = json.loads(path.read_text())
     assert records.problem(read, "cpu", kind, OPERATIONS) is None
-    assert read["commit"] == "abc123"
+    assert read["commit"] == "0123abc"
     assert (read["passed"], read["failed"]) == (2, 0)
 
 
@@ -58,13 +58,13 @@ NOT_PROOFS = {
 @pytest.mark.parametrize("what", NOT_PROOFS)
 def test_what_is_no_proof_says_why(what):
     runs, why = NOT_PROOFS[what]
-    record = records.make("cpu", CPU, runs, "a command", "abc123")
+    record = records.make("cpu", CPU, runs, "a command", "0123abc")
     assert why in records.problem(record, "cpu", device_kind(CPU), OPERATIONS)
 
 
 @pytest.mark.parametrize("field", ["device", "driver", "commit", "torch", "date", "backend", "device_kind"])
 def test_a_record_that_does_not_say_where_it_was_made_is_no_proof(field):
-    record = records.make("cpu", CPU, {"one": run_of()}, "a command", "abc123")
+    record = records.make("cpu", CPU, {"one": run_of()}, "a command", "0123abc")
     assert records.problem({**record, field: ""}, "cpu", device_kind(CPU), OPERATIONS)
 
 

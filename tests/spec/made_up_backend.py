@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 import time
 import types
@@ -52,6 +53,9 @@ def faulty(mode):
             os.kill(os.getpid(), signal.SIGKILL)
         elif mode == "exit":
             os._exit(7)
+        elif mode == "holds":
+            subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+            time.sleep(600)
         elif mode == "memory":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
@@ -77,6 +81,7 @@ if __name__ == "__main__":
     loaded = {asked: registry._load(asked) for asked in registry._MODULES}
     registry._load = loaded.__getitem__
     proof.cases = few
+    print("{}\n[]\nnull\n7", '{"event": "end"}\n{"event": "done", "passed": true}\n{"level": "info"}', end="")
     if "PACKAGE_HASH" in os.environ:
         proof.package_hash = lambda: os.environ["PACKAGE_HASH"]
     sys.exit(proof.main())

@@ -10,6 +10,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -145,6 +146,7 @@ def test_after_a_failure_the_next_candidate_is_tried(machine):
 NO_VERDICTS = {
     "memory": "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. (in one row, bfloat16)",
     "hang": "it was stopped after 10 s",
+    "holds": "it was stopped after 10 s",
     "killed": "the process was ended by SIGKILL in token_logps_fwd+token_logps_bwd: one row, bfloat16",
     "exit": "the process ended with exit status 7 in token_logps_fwd",
 }
@@ -153,7 +155,7 @@ NO_VERDICTS = {
 @pytest.mark.parametrize("mode", NO_VERDICTS)
 def test_no_verdict_is_one_sentence_and_torch_and_the_next_process_tries_again(machine, mode):
     machine.offer(kernels=mode, processes=True)
-    machine.patch.setattr(verdicts, "TIME_LIMIT", 10.0 if mode == "hang" else 120.0)
+    machine.patch.setattr(verdicts, "TIME_LIMIT", 10.0 if mode in ("hang", "holds") else 120.0)
     picked, (said,) = machine.auto()
     assert picked == "torch"
     assert said.startswith("backend 'kernels' could not be proven on ")
@@ -175,6 +177,13 @@ SAYS_NOTHING_OF_KERNELS = [
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"),
     RuntimeError("Failed to find C compiler. Please specify via CC environment variable."),
+    RuntimeError("Cannot find ptxas"),
+    RuntimeError("0 active drivers ([]). There should only be one."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: uncorrectable ECC error encountered"),
+    RuntimeError("CUDA error: the launch timed out and was terminated"),
+    RuntimeError("std::bad_alloc"),
+    RuntimeError("can't start new thread"),
     subprocess.CalledProcessError(1, ["gcc", "launcher.c"]),
     OSError(28, "No space left on device"),
     MemoryError(),
@@ -194,11 +203,126 @@ def test_an_error_of_the_machine_is_no_verdict_and_one_of_a_kernel_is_a_failure(
     assert no_verdict(error) is (error in SAYS_NOTHING_OF_KERNELS)
 
 
+def seen(*, running=False, failed=False, complete=False, reason=""):
+    """What a child had said when it ended."""
+    case = {"operations": ["robust_loss"], "name": "no pairs"}
+    done = [child.CaseResult(**case, passed=not failed, seconds=0.1, message="error 1" if failed else "")]
+    calls = {"robust_loss": 1} if complete else None
+    return child._Seen(1, done, case if running else None, reason, calls)
+
+
+ENDS = {
+    "complete": (0, seen(complete=True), "", "passed", ""),
+    "complete, then a crash at its exit": (-6, seen(complete=True), "", "passed", ""),
+    "complete, and it would not end": (None, seen(complete=True), "", "passed", ""),
+    "a mismatch": (0, seen(failed=True, complete=True), "", "failed", "robust_loss: no pairs: error 1"),
+    "a mismatch, then out of memory": (0, seen(failed=True, reason="out of memory"), "", "failed", "error 1"),
+    "a mismatch, then the time limit": (None, seen(failed=True, running=True), "", "failed", "error 1"),
+    "a crash in a case": (-11, seen(running=True), "", "failed", "no pairs: the process crashed with SIGSEGV"),
+    "a crash for want of memory": (-6, seen(running=True), "what(): std::bad_alloc", "none", "SIGABRT in robust_loss"),
+    "a crash before the first case": (-6, child._Seen(), "", "none", "was ended by SIGABRT in starting"),
+    "forbidden by the system": (-31, seen(running=True), "", "none", "SIGSYS"),
+    "ended from outside": (-15, seen(running=True), "", "none", "was ended by SIGTERM in robust_loss: no pairs"),
+    "an exit without a word": (0, seen(), "", "none", "exit status 0 in ending"),
+    "no torch": (1, child._Seen(), "ModuleNotFoundError: torch", "none", "in starting (ModuleNotFoundError: torch)"),
+    "the time limit": (None, seen(running=True), "", "none", "it was stopped after 9 s in robust_loss: no pairs"),
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_how_a_process_ended_is_what_it_means(how):
+    code, said, printed, status, reason = ENDS[how]
+    run = child._outcome(code, said, printed, 9.0)
+    assert run.status == status
+    assert reason in run.reason
+
+
+PRINTED = [
+    *("{}", "[]", "null", "7", "text", "\xff", "[" * 100_000),
+    '{"event": "end"}',
+    '{"event": ["end"]}',
+    '{"event": "done", "passed": true}',
+    '{"event": "start", "source": 1, "device": "", "cases": 1}',
+]
+
+
+@pytest.mark.parametrize("line", PRINTED, ids=lambda line: line[:40])
+def test_what_else_is_printed_is_no_event(line):
+    assert child._event(line.encode("latin-1")) is None
+
+
+def test_a_proof_that_fails_by_itself_is_no_verdict(machine):
+    machine.offer(kernels="right")
+
+    def fault(name, device, *, seconds):
+        raise KeyError("an oversight of this package")
+
+    machine.patch.setattr(child, "run", fault)
+    picked, (said,) = machine.auto()
+    assert picked == "torch"
+    assert "the proof itself failed: KeyError" in said
+
+
+def test_the_process_ends_with_the_one_that_started_it(tmp_path):
+    """A training run that is killed leaves nothing behind on the device."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
+        "import subprocess, torch; from grpo_kernels.backends import child\n"
+        "command = child.command('torch', torch.device('cpu'), False)\n"
+        "pipe, null = subprocess.PIPE, subprocess.DEVNULL\n"
+        "process = subprocess.Popen(command, stdin=pipe, stdout=null, stderr=null, start_new_session=True)\n"
+        "print(process.pid, flush=True); sys.stdin.read()"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    ends = time.monotonic() + 30
+    while Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
+        assert time.monotonic() < ends, "it lives on alone"
+        time.sleep(0.2)
+
+
+def test_the_child_finds_packages_where_this_process_does(tmp_path, monkeypatch):
+    """Neither another grpo_kernels nor a json.py of the working directory is taken."""
+    (tmp_path / "grpo_kernels").mkdir()
+    for name in ("json.py", "grpo_kernels/__init__.py"):
+        (tmp_path / name).write_text("raise RuntimeError('the wrong file')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path] + [tmp_path])
+    start, *_ = child.command("torch", CPU, False)[3:4]
+    script = child._START.partition("import runpy")[0] + "import grpo_kernels, json; print(grpo_kernels.__file__)"
+    done = subprocess.run([sys.executable, "-c", script, start], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(cache.PACKAGE / "__init__.py")
+
+
+def test_a_compiled_region_does_not_settle_for_the_second_choice(machine):
+    """Where a worse candidate is proven already, an ordinary call still proves the better one."""
+    machine.offer(second="right")
+    machine.auto()
+    machine.next_process()
+    machine.offer(first="right", second="right")
+    assert machine.auto(may_prove=False) == ("second", [])
+    assert machine.auto() == ("first", [])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_while_a_thread_proves_does_not_wait_for_it():
+    with verdicts._lock:
+        pid = os.fork()
+        if pid == 0:
+            free = verdicts._lock.acquire(timeout=5)
+            os._exit(0 if free else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
 def refuse(*arguments, **options):
     raise OSError(11, "Resource temporarily unavailable")
 
 
-@pytest.mark.parametrize("how", ["no process", "no executable", "no home", "no folder", "no lock", "no filelock"])
+@pytest.mark.parametrize(
+    "how", ["no process", "no executable", "no home", "no such user", "no folder", "no lock", "no filelock"]
+)
 def test_what_the_machine_refuses_is_one_sentence_and_torch(machine, how):
     machine.offer(kernels="right", processes=True)
     if how == "no process":
@@ -211,6 +335,9 @@ def test_what_the_machine_refuses_is_one_sentence_and_torch(machine, how):
         machine.patch.delenv("GRPO_KERNELS_CACHE")
         machine.patch.delenv("XDG_CACHE_HOME", raising=False)
         machine.patch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+        expected = "no home folder is known"
+    elif how == "no such user":
+        machine.patch.setenv("GRPO_KERNELS_CACHE", "~no-such-user/cache")
         expected = "no home folder is known"
     elif how == "no folder":
         machine.folder.write_text("a file where the folder should be")
@@ -401,4 +528,3 @@ def test_the_child_leaves_the_ranks_behind(monkeypatch):
     environment = child._environment({})
     assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} & environment.keys()
     assert environment["GRPO_KERNELS_PROVE"] == environment["GRPO_KERNELS_TUNED"] == "never"
-    assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(cache.PACKAGE.parent)
