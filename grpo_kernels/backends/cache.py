@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -155,12 +154,6 @@ def _gpu_driver() -> str:
             found = re.search(r"\d+\.\d+(?:\.\d+)*", Path(place).read_text())
             if found:
                 return found.group()
-    with contextlib.suppress(OSError, subprocess.SubprocessError, IndexError):
-        asked = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True, text=True, timeout=20,
-        )  # fmt: skip
-        return asked.stdout.split()[0]
     with contextlib.suppress(AttributeError, RuntimeError):
         return f"interface {torch._C._cuda_getDriverVersion()}"  # type: ignore[attr-defined]
     return "unknown"

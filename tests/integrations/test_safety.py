@@ -38,6 +38,14 @@ NEVER_IMPORTED = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle
 NEVER_CALLED = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load"}
 
 
+STARTS_PROCESSES = {
+    "grpo_kernels/backends/child.py",  # this Python, on this package
+    "grpo_kernels/backends/records.py",  # git, with arguments that stand there
+    "grpo_kernels/proof/__main__.py",  # only to know an exception of Triton's
+}
+"""Files that may import subprocess: what they start is not read from anywhere."""
+
+
 def broken_rules(tree: ast.AST) -> list[str]:
     found = []
     for node in ast.walk(tree):
@@ -55,7 +63,8 @@ def broken_rules(tree: ast.AST) -> list[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_nothing_in_the_sources_executes_what_is_read(path):
-    assert broken_rules(ast.parse(path.read_text())) == []
+    allowed = {"subprocess"} if path.relative_to(ROOT).as_posix() in STARTS_PROCESSES else set()
+    assert set(broken_rules(ast.parse(path.read_text()))) <= allowed
 
 
 @pytest.mark.parametrize(
