@@ -17,7 +17,7 @@ import functools
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,9 @@ def _is_tail(entry: Entry) -> bool:
 
 
 def _is_times(entry: Entry) -> bool:
-    by_path = entry["ms"]
+    by_path, unsure = entry["ms"], entry.get("unsure", [])
+    if not isinstance(unsure, list) or not all(isinstance(path, str) for path in unsure):
+        return False
     return isinstance(by_path, dict) and all(
         isinstance(by_name, dict) and all(isinstance(ms, float) and 0 < ms < math.inf for ms in by_name.values())
         for by_name in by_path.values()
@@ -215,8 +217,15 @@ def order(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
         return ()
     wanted = name_of(dtype)
     entries = [entry for entry in tuning.sections["backends"].values() if entry["dtype"] == wanted]
-    found = rank([ms for entry in entries for ms in entry["ms"].values()])
+    found = rank(sure_times(entries))
     return tuple(name for name in found if name in _MODULES)
+
+
+def sure_times(entries: Iterable[Entry]) -> list[dict[str, float]]:
+    """Times of backends that may change their order: those that were taken in enough rounds, and even ones."""
+    return [
+        by_name for entry in entries for path, by_name in entry["ms"].items() if path not in entry.get("unsure", [])
+    ]
 
 
 def rank(times: list[dict[str, float]]) -> tuple[str, ...]:

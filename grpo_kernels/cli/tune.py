@@ -50,7 +50,9 @@ def tune(arguments: list[str]) -> int:
     print(f"\n{report.gains(found)}\n\n{report.steps(found)}\n")
     for line in report.refused(found):
         print(f"refused: {line}")
-    if found.order:
+    if not found.order:
+        print("the order of the backends stays as it is: the times are not sure enough to change it")
+    else:
         print(f"backends, fastest first: {', '.join(found.order)} (auto takes the first of them that is proven here)")
         print("plain PyTorch, written as one would without this package, is timed for comparison; auto never takes it")
     if found.stopped:

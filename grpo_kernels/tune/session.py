@@ -227,15 +227,16 @@ class _Session:
         self.report.times[path] = everyone
         timed = [one for one in sound if one.parameters["entries"] == TUNED]
         ms = {one.parameters["backend"]: 1e3 * one.median for one in timed}
-        if order_is_sure(timed):
+        sure = order_is_sure(timed)
+        if ms:
             entry = self.base.find("backends", *self._identity().values()) or {**self._identity(), "ms": {}}
-            self._add(backends=[{**entry, "ms": {**entry["ms"], path: ms}}])
-        times = [by_name for entry in self.base.sections["backends"].values() for by_name in entry["ms"].values()]
-        self.report.order = tuned.rank(times)
+            unsure = sorted({*entry.get("unsure", []), path} - ({path} if sure else set()))
+            self._add(backends=[{**entry, "ms": {**entry["ms"], path: ms}, "unsure": unsure}])
+        self.report.order = tuned.rank(tuned.sure_times(self.base.sections["backends"].values()))
         self._release(everyone)
         fastest = min(ms, key=lambda name: ms[name]) if ms else "none"
-        sure = "" if order_is_sure(timed) else " in too few or too uneven rounds to change the order of the backends"
-        self.say(f"{PATHS[path]:<22} {len(ms)} backends timed, the fastest is {fastest}{sure}, {_took(started)}")
+        but = "" if sure else " in too few or too uneven rounds to change the order of the backends"
+        self.say(f"{PATHS[path]:<22} {len(ms)} backends timed, the fastest is {fastest}{but}, {_took(started)}")
 
     def _check_once(self, name: str) -> Check:
         """The check of a whole backend, of which both paths want to know."""

@@ -65,7 +65,8 @@ def test_a_cpu_from_the_command_to_the_next_loss(capsys, tmp_path):
     assert set(times["ms"]) == {"logits", "head"}
     assert all(list(by_name) == here for by_name in times["ms"].values())
     assert "plain PyTorch" in out
-    assert f"backends, fastest first: {', '.join(tuned.order(CPU, torch.float32))} " in out
+    order = ", ".join(tuned.order(CPU, torch.float32))
+    assert (f"backends, fastest first: {order} " if order else "the order of the backends stays as it is") in out
 
     rows = list(csv.DictReader((tmp_path / "out" / "tuned.csv").read_text().splitlines()))
     assert tuple(rows[0]) == report.COLUMNS
@@ -94,6 +95,39 @@ def test_another_shape_is_added_and_never_still_writes(capsys, monkeypatch, quic
     assert "GRPO_KERNELS_TUNED=never is set" in out
     content = json.loads(tuned.path_of(CPU).read_text())
     assert sorted(entry["vocabulary"] for entry in content["backends"]) == [1200, 1500]
+
+
+def candidate(name, *seconds):
+    return sweep.Candidate({"backend": name}, lambda turn: None, seconds=list(seconds))
+
+
+SLOW, FAST = (2.0, 2.1, 2.0, 2.2, 2.1), (1.0, 1.1, 1.0, 1.2, 1.1)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "sure"),
+    [
+        (FAST, SLOW, True),  # nothing would change
+        (FAST[:1], SLOW[:1], True),
+        (SLOW, FAST, True),
+        (SLOW, FAST[:1], False),  # one round says nothing
+        (SLOW[:3], FAST[:3], False),
+        ((1.0, 1.5, 1.2, 1.3, 1.1), (0.9, 1.4, 1.1, 1.2, 1.0), False),  # their quartiles overlap
+    ],
+)
+def test_one_backend_goes_before_another_only_where_its_times_are_sure(first, second, sure):
+    timed = [candidate("cpu", *first), candidate("torch", *second)]
+    assert sweep.order_is_sure(timed) is sure
+
+
+def test_times_that_are_not_sure_change_no_order():
+    entry = {"dtype": "float32", "hidden": 8, "vocabulary": 9, "rows": 10}
+    ms = {"logits": {"cpu": 2.0, "torch": 1.0}}
+    tuned.keep(CPU, {"backends": [{**entry, "ms": ms, "unsure": ["logits"]}]})
+    assert tuned.order(CPU, torch.float32) == ()
+    tuned.keep(CPU, {"backends": [{**entry, "ms": ms, "unsure": []}]})
+    tuned.forget()
+    assert tuned.order(CPU, torch.float32) == ("torch", "cpu")
 
 
 def test_a_wrong_candidate_is_refused_and_never_timed(monkeypatch, quick):
