@@ -104,6 +104,7 @@ import os
 import platform
 import sys
 import warnings
+from collections.abc import Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -240,13 +241,17 @@ def decided(device: torch.device, dtype: torch.dtype) -> Backend:
     """What ``auto`` would take if it had to be taken now: starts no proof and warns of nothing."""
     place = ("auto", device, dtype)
     if place not in _chosen:
-        from . import verdicts
-
-        names = [*candidates(device, dtype), "torch"]
-        found = next(name for name in names if name == "torch" or status(name, device).passed)
-        if found != names[0] or verdicts.policy() == "always":
-            return _load(found)  # auto may yet prove one that it prefers
-        _chosen[place] = _load(found)
+        policy = os.environ.get("GRPO_KERNELS_PROVE", "").strip().lower()
+        undecided = False
+        for name in candidates(device, dtype):
+            if (name, device_kind(device)) in PROVEN or status(name, device).passed:
+                break
+            undecided = True
+        else:
+            name = "torch"
+        if undecided or policy == "always":
+            return _load(name)  # auto may yet prove one that it prefers
+        _chosen[place] = _load(name)
     return _chosen[place]
 
 
@@ -269,33 +274,40 @@ def _choose_named(name: str, device: torch.device, dtype: torch.dtype) -> Backen
     return _load(name)
 
 
-def candidates(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """The backends that ``auto`` may pick before ``torch``, best first."""
-    from . import tuned
+def candidates(device: torch.device, dtype: torch.dtype) -> Iterator[str]:
+    """The backends that ``auto`` may pick before ``torch``, best first; each is loaded when its turn comes."""
+    order: tuple[str, ...] = ()
+    if _cache_is_there():
+        from . import tuned
 
-    here = []
-    for name in dict.fromkeys([*tuned.order(device, dtype), *_MODULES]):
+        order = tuned.order(device, dtype)
+    for name in dict.fromkeys([*order, *_MODULES]):
         if name == "torch":
-            break
+            return
         interpreted = name == "triton" and device.type == "cpu"  # its interpreter is for tests, and slow
         if interpreted or _unavailable_reason(name) is not None:
             continue
         if _load(name).unsupported_reason(device, dtype) is None:
-            here.append(name)
-    return here
+            yield name
+
+
+def _cache_is_there() -> bool:
+    """Whether there may be a tuning file, by the place that ``cache.folder`` names; else nothing is imported."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    folder = os.environ.get("GRPO_KERNELS_CACHE") or os.path.join(base, "grpo_kernels")
+    return os.path.isdir(os.path.expanduser(folder))
 
 
 def _choose_auto(device: torch.device, dtype: torch.dtype, may_prove: bool) -> tuple[Backend, bool]:
     """The backend, and whether that is the answer for the rest of the process."""
-    kind, names = device_kind(device), candidates(device, dtype)
-    if names and (names[0], kind) in PROVEN and not os.environ.get("GRPO_KERNELS_PROVE"):
-        return _load(names[0]), True
-    from . import verdicts
-
-    always = verdicts.policy() == "always"
+    kind, policy = device_kind(device), os.environ.get("GRPO_KERNELS_PROVE", "").strip().lower()
     undecided: list[str] = []
-    for name in names:
-        if (name, kind) in PROVEN and not always:
+    for name in candidates(device, dtype):
+        if (name, kind) in PROVEN and not policy:
+            return _load(name), may_prove or not undecided
+        from . import verdicts  # not where a run is recorded
+
+        if (name, kind) in PROVEN and verdicts.policy() != "always":
             return _load(name), may_prove or not undecided
         verdict = verdicts.decide(name, device) if may_prove else verdicts.known(name, device)
         if verdict.passed:
@@ -308,7 +320,7 @@ def _choose_auto(device: torch.device, dtype: torch.dtype, may_prove: bool) -> t
         passed_by = " or ".join(map(repr, undecided))
         why = (
             "GRPO_KERNELS_PROVE=never, and neither a recorded run nor a proof on this device is there"
-            if verdicts.policy() == "never"
+            if policy == "never"
             else "the first call is where a kernel is proven, and it must not be inside a compiled region or the "
             "capture of a CUDA graph: make one call before"
         )

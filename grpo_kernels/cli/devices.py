@@ -127,7 +127,7 @@ def _who_proves(name: str, device: Any) -> str:
 
     if verdicts.policy() == "never":
         return "GRPO_KERNELS_PROVE=never: only grpo-kernels prove does it"
-    names = candidates(device, torch.float32)
+    names = list(candidates(device, torch.float32))
     if name not in names:
         return 'backend="auto" does not take it on this device'
     before = names[: names.index(name)]
