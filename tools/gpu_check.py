@@ -18,7 +18,7 @@ A command that fails, or is stopped at its limit, keeps none of the others from 
 runs some of the steps again, into the same folder; ``--cache`` takes what ``gpu_cache.py`` has compiled elsewhere.  The
 commit is that of the checkout, or where there is none what ``--commit`` or GRPO_KERNELS_COMMIT says.
 
-DIR receives at most eight files, written as the run goes on: gpu-check.log, summary.txt, machine.json, bench.csv,
+DIR receives at most eight files, written during the run: gpu-check.log, summary.txt, machine.json, bench.csv,
 tests.xml, tuned.csv, and for each backend DEVICE-KIND/prove-BACKEND.json; what else is made, build/gpu-check.
 
 ``--dry-run`` is for a machine without a GPU: every command, at the size of a toy, with a CPU in place of the GPU

@@ -4,7 +4,7 @@
 
 FILE is JUnit XML, whole after every test; a test that is running stands in it as one that did not end.  After
 ``--each`` seconds a test is interrupted; where that does not help, because it waits inside a driver, the process writes
-down where every thread is and ends, and a new one goes on with the next test.
+down where every thread is and ends, and a new process continues with the next test.
 
 Several runs, one after the other, may write to one file, each under a name of its own.
 """

@@ -223,7 +223,7 @@ ENDS = {
     "a crash before the first case": (-6, child._Seen(), "", "none", "was ended by SIGABRT in starting"),
     "forbidden by the system": (-31, seen(running=True), "", "none", "SIGSYS"),
     "ended from outside": (-15, seen(running=True), "", "none", "was ended by SIGTERM in robust_loss: no pairs"),
-    "an exit without a word": (0, seen(), "", "none", "exit status 0 in ending"),
+    "an exit before the report is complete": (0, seen(), "", "none", "exit status 0 in ending"),
     "no torch": (1, child._Seen(), "ModuleNotFoundError: torch", "none", "in starting (ModuleNotFoundError: torch)"),
     "the time limit": (None, seen(running=True), "", "none", "it was stopped after 9 s in robust_loss: no pairs"),
 }
