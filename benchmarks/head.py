@@ -26,7 +26,7 @@ from benchmarks.measure import Line, gemm_line
 from benchmarks.results import Row
 from benchmarks.shapes import BATCHES, IGNORE_INDEX, LLAMA, Batch, Head, heads, labels_of, normal
 from benchmarks.suite import OURS, Errors, Outputs, Settings, Work
-from grpo_kernels import backends, fused_grpo_loss, fused_linear_grpo_loss, linear_sequence_logps
+from grpo_kernels import available_backends, fused_grpo_loss, fused_linear_grpo_loss, linear_sequence_logps
 from grpo_kernels.backends import choose
 
 SETTINGS = Settings(rounds=7, preload=peers.PRELOAD)
@@ -160,8 +160,8 @@ def build(case: Case, device: torch.device) -> Work:
         return Line(run)
 
     variants: dict[str, Line | str] = {}
-    default = next(name for name in backends() if has_head(name, device, dtype))
-    for name, reason in backends().items():
+    default = next(name for name in available_backends() if has_head(name, device, dtype))
+    for name, reason in available_backends().items():
         if runs_on(name, device):
             variants[f"{OURS}{name}"] = reason or ours(name, "auto")
             if name == default and case.work == FULL:
@@ -198,7 +198,7 @@ def has_head(backend: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a backend is here and offers the head's tile operations."""
     return (
         runs_on(backend, device)
-        and backends()[backend] is None
+        and available_backends()[backend] is None
         and hasattr(choose(backend, device, dtype), "head_tile_fwd")
     )
 

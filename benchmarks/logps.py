@@ -23,7 +23,7 @@ from benchmarks.measure import Line, gemm_line
 from benchmarks.results import Row
 from benchmarks.shapes import HEADS, IGNORE_INDEX, normal
 from benchmarks.suite import OURS, Errors, Outputs, Settings, Work
-from grpo_kernels import backends, token_logps
+from grpo_kernels import available_backends, token_logps
 from grpo_kernels.backends import choose
 
 SETTINGS = Settings(rounds=15, most_seconds=5.0, preload=peers.PRELOAD)
@@ -141,7 +141,7 @@ def build(case: Case, device: torch.device) -> Work:
         return Line(run, restore)
 
     variants: dict[str, Line | str] = {}
-    for name, reason in backends().items():
+    for name, reason in available_backends().items():
         if (name == "cpu" and device.type != "cpu") or (name in ("cuda", "triton") and device.type != "cuda"):
             continue
         # Plain PyTorch operations are no faster in place.

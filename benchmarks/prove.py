@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from grpo_kernels.backends import OPERATIONS, backends, cache, child, device_kind, records
+from grpo_kernels.backends import OPERATIONS, available_backends, cache, child, device_kind, records
 
 RESULTS = Path(__file__).parent / "results"
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
@@ -28,7 +28,7 @@ SECONDS = 1800.0
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--backend", required=True, choices=[name for name in backends() if name != "torch"])
+    parser.add_argument("--backend", required=True, choices=[name for name in available_backends() if name != "torch"])
     parser.add_argument("--isa", default="all", help="one of the CPU's instruction sets, or all that it has")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where the record is kept")
     options = parser.parse_args()
@@ -62,7 +62,7 @@ def _isas_here() -> list[str]:
 
     found = [isa for isa in ISAS if runs(isa)]
     if not found:
-        raise SystemExit(f"the cpu backend cannot run here: {backends()['cpu']}")
+        raise SystemExit(f"the cpu backend cannot run here: {available_backends()['cpu']}")
     return found
 
 

@@ -42,7 +42,7 @@ from benchmarks.suite import OURS, Errors, Outputs, Settings, Work
 from benchmarks.tail import Alpha, one_hot
 from grpo_kernels import GroupWeights
 from grpo_kernels.trainer.config import LossConfig
-from grpo_kernels.trainer.scoring import group_loss, reply_logps
+from grpo_kernels.trainer.model.scoring import group_loss, reply_logps
 
 SETTINGS = Settings(rounds=7, at_once=3, preload=("transformers", "peft", "trl"))
 BETA, GROUPS, GROUP_LR = 0.1, 4, 1e-6

@@ -26,7 +26,7 @@ from benchmarks.measure import Line
 from benchmarks.results import Row
 from benchmarks.shapes import IGNORE_INDEX, normal
 from benchmarks.suite import OURS, Errors, Outputs, Settings, Work
-from grpo_kernels import GroupWeights, backends, fused_grpo_loss, preference_loss
+from grpo_kernels import GroupWeights, available_backends, fused_grpo_loss, preference_loss
 from grpo_kernels.backends import choose
 
 SETTINGS = Settings(rounds=31, most_seconds=2.0)
@@ -76,7 +76,7 @@ def build(case: Case, device: torch.device) -> Work:
 
 def backends_here(device: torch.device) -> dict[str, str | None]:
     """Every backend that is for this kind of device, and why it is not there."""
-    found = backends().items()
+    found = available_backends().items()
     return {name: why for name, why in found if name == "torch" or (name == "cpu") == (device.type == "cpu")}
 
 

@@ -4,11 +4,11 @@ The method is that of Ramesh et al. 2024 (arXiv 2405.20304): GR-DPO and GR-IPO.
 The loss is :func:`fused_grpo_loss`; the weights of the groups live in :class:`GroupWeights`.
 """
 
-from .backends import backends
-from .functional import fused_grpo_loss, preference_loss, sequence_logps, token_logps
-from .functional_linear import fused_linear_grpo_loss, linear_sequence_logps, linear_token_logps
-from .fused_head import FusedHead, FusedHeadOutput, attach_fused_head
-from .group_weights import GroupWeights, exponentiated_step
+from .backends import available_backends
+from .groups.weights import GroupWeights, exponentiated_step
+from .head.attach import FusedHead, FusedHeadOutput, attach_fused_head
+from .head.functional import fused_linear_grpo_loss, linear_sequence_logps, linear_token_logps
+from .loss.functional import fused_grpo_loss, preference_loss, sequence_logps, token_logps
 from .types import GroupLossOutput, LossType, UnavailableBackendError
 
 __version__ = "0.1.0"
@@ -21,7 +21,7 @@ __all__ = [
     "LossType",
     "UnavailableBackendError",
     "attach_fused_head",
-    "backends",
+    "available_backends",
     "exponentiated_step",
     "fused_grpo_loss",
     "fused_linear_grpo_loss",

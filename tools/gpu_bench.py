@@ -26,7 +26,7 @@ import torch
 
 from benchmarks import head, logps, suite, tail
 from benchmarks.shapes import LLAMA, Batch, Head
-from grpo_kernels.linear_plan import make_plan
+from grpo_kernels.head.plan import make_plan
 
 COLUMNS = {
     "variant": "variant", "ms": "ms", "q1_ms": "q1", "q3_ms": "q3", "vs_ours": "vs ours", "of_copy": "of copy",

@@ -89,7 +89,7 @@ def units_of_benchmarks() -> Iterator[Unit]:
     from gpu_bench import JOBS
 
     from benchmarks import head, tail
-    from grpo_kernels.linear_plan import make_plan
+    from grpo_kernels.head.plan import make_plan
 
     for job in JOBS:
         case = job.case

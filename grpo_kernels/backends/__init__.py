@@ -191,7 +191,7 @@ def device_kind(device: torch.device) -> str:
     return device.type
 
 
-def backends() -> dict[str, str | None]:
+def available_backends() -> dict[str, str | None]:
     """Every backend by name, and why it is not there.
 
     Returns:
@@ -208,7 +208,7 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, *, may_prove: bo
     which the first call makes in a process of its own and keeps (``verdicts.py``).  Plain PyTorch stands last.
 
     Args:
-        name: "auto" or a name of :func:`backends`.
+        name: "auto" or a name of :func:`available_backends`.
         device: of the logits.
         dtype: of the logits.
         may_prove: False inside a compiled region: ``auto`` takes what is decided, and decides nothing.  So it does

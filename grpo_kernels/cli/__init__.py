@@ -106,16 +106,16 @@ def _exit_code(error: Exception) -> int | None:
     if _is_peers(error):
         fault = isinstance(error.__cause__, Exception) and _exit_code(error.__cause__) is None
         return None if fault else 1
-    module = sys.modules.get("grpo_kernels.trainer.checkpoint")
+    module = sys.modules.get("grpo_kernels.trainer.run.checkpoint")
     if module is not None and isinstance(error, module.CheckpointError):
         return 2
-    module = sys.modules.get("grpo_kernels.trainer.optim")
+    module = sys.modules.get("grpo_kernels.trainer.model.optim")
     return 1 if module is not None and isinstance(error, module.NonFiniteError) else None
 
 
 def _is_peers(error: Exception) -> bool:
     """Whether it went wrong on another rank, or on all."""
-    module = sys.modules.get("grpo_kernels.trainer.distributed")
+    module = sys.modules.get("grpo_kernels.trainer.model.distributed")
     return module is not None and isinstance(error, module.PeerError)
 
 
@@ -137,7 +137,7 @@ def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
 
 
 def _say(text: str) -> None:
-    from ..trainer.terminal import printable
+    from ..trainer.run.terminal import printable
 
     # One line, whatever a message quotes out of a file.
     print(f"grpo-kernels: {printable(' '.join(text.split()))}", file=sys.stderr)
@@ -198,7 +198,7 @@ def _plot(arguments: list[str]) -> int:
     # One line, as everywhere, not argparse's two.
     parser.error = _raise  # type: ignore[method-assign]
     given = parser.parse_args(arguments)
-    from ..trainer.report import plot
+    from ..trainer.report.figure import plot
 
     out = given.out or Path(given.runs[0]) / "report.png"
     print(plot(given.runs, out, titles=given.titles, heading=given.heading))

@@ -37,7 +37,7 @@ def info(arguments: list[str]) -> int:
 
     import torch
 
-    from .. import __version__, backends
+    from .. import __version__, available_backends
 
     print(f"grpo_kernels  {__version__}")
     print(f"python        {platform.python_version()} on {platform.system()} {platform.machine()}")
@@ -57,7 +57,7 @@ def info(arguments: list[str]) -> int:
     for name, value in _settings().items():
         print(f"  {name:<20} {value}")
     print("\nbackends")
-    for name, reason in backends().items():
+    for name, reason in available_backends().items():
         print(f"  {name:<7} {'here' if reason is None else 'not here: ' + ' '.join(reason.split())}")
         if reason is None:
             for device in _devices():

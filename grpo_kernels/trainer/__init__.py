@@ -5,10 +5,10 @@ For who has a loop of his own: :func:`read_pairs` and :func:`tokenize_pairs` mak
 """
 
 from .config import TrainConfig
-from .data import PairDataset, PreferenceCollator, read_pairs, tokenize_pairs
-from .evaluate import GroupReport, evaluate
+from .data.dataset import PairDataset, PreferenceCollator, read_pairs, tokenize_pairs
+from .data.sampling import GroupSampler, make_sampler
+from .evaluation import GroupReport, evaluate
 from .loop import RunResult, train
-from .sampling import GroupSampler, make_sampler
 
 __all__ = [
     "GroupReport",

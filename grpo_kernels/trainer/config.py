@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..checks import check_loss_settings
+from ..arguments import check_loss_settings
 from ..types import LossType
 from .setting_types import check_types
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from .config import DataConfig, LossConfig, ModelConfig, check_data, check_loss
-from .data import PreferenceCollator, read_pairs, tokenize_pairs
-from .distributed import usable_device
-from .evaluate import GroupReport, evaluate, pair_logps
+from .data.dataset import PreferenceCollator, read_pairs, tokenize_pairs
+from .evaluation import GroupReport, evaluate, pair_logps
 from .inputs import try_backend
-from .models import check_positions, load_policy
-from .results import no_progress_bars
-from .run_directory import CONFIG, FINAL, FINAL_AVERAGE, START, SUMMARY
+from .model.distributed import usable_device
+from .model.models import check_positions, load_policy
+from .run.directory import CONFIG, FINAL, FINAL_AVERAGE, START, SUMMARY
+from .run.results import no_progress_bars
 from .setting_types import check_types
 
 

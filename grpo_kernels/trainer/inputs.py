@@ -11,12 +11,12 @@ import torch
 
 from .. import GroupWeights, UnavailableBackendError, preference_loss
 from .config import LossConfig, TrainConfig
-from .data import PairDataset, pair_texts, read_pairs, tokenize_pairs
-from .distributed import Ranks
-from .models import check_positions, load_policy
-from .results import no_progress_bars
-from .run_directory import refuse_existing
-from .sampling import GroupSampler, make_sampler
+from .data.dataset import PairDataset, pair_texts, read_pairs, tokenize_pairs
+from .data.sampling import GroupSampler, make_sampler
+from .model.distributed import Ranks
+from .model.models import check_positions, load_policy
+from .run.directory import refuse_existing
+from .run.results import no_progress_bars
 
 
 @dataclass

@@ -17,14 +17,12 @@ from typing import Any
 import torch
 
 from .. import GroupLossOutput
-from .checkpoint import clear_unfinished, forget_older, load_latest, save_checkpoint, seed_random, sorted_checkpoints
 from .config import TrainConfig
-from .data import PairDataset, PreferenceCollator
-from .distributed import Policy, Ranks, local_part, open_ranks
-from .evaluate import GroupReport, evaluate
+from .data.dataset import PairDataset, PreferenceCollator
+from .evaluation import GroupReport, evaluate
 from .inputs import Inputs, read_inputs
-from .metrics import Metrics
-from .optim import (
+from .model.distributed import Policy, Ranks, local_part, open_ranks
+from .model.optim import (
     BallProjection,
     IterateAverage,
     NonFiniteError,
@@ -34,10 +32,17 @@ from .optim import (
     set_learning_rate,
     trained_parameters,
 )
-from .progress import Progress
-from .reference_cache import reference_logps
-from .results import save_config, save_model, write_summary
-from .run_directory import (
+from .model.reference_cache import reference_logps
+from .model.scoring import group_loss
+from .run.checkpoint import (
+    clear_unfinished,
+    forget_older,
+    load_latest,
+    save_checkpoint,
+    seed_random,
+    sorted_checkpoints,
+)
+from .run.directory import (
     CHECKPOINTS,
     FINAL,
     FINAL_AVERAGE,
@@ -47,10 +52,12 @@ from .run_directory import (
     TENSORBOARD,
     RunDirectory,
 )
-from .scoring import group_loss
-from .state import TrainState, check_resumable, run_identity, share_checkpoint
+from .run.metrics import Metrics
+from .run.progress import Progress
+from .run.results import save_config, save_model, write_summary
+from .run.state import TrainState, check_resumable, run_identity, share_checkpoint
+from .run.terminal import printable
 from .supervised import warm_up
-from .terminal import printable
 
 
 @dataclass

@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from ..checks import check_flag, check_number, describe
+from ..arguments import check_flag, check_number, describe
 
 
 def check_types(settings: Any, prefix: str = "") -> None:

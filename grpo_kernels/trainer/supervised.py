@@ -7,13 +7,13 @@ import math
 import torch
 
 from .config import TrainConfig
-from .data import PairDataset, PreferenceCollator
-from .distributed import Policy
-from .metrics import Metrics
-from .optim import NonFiniteError, Parameters, clip_gradients
-from .progress import Progress
-from .sampling import make_sampler
-from .scoring import reply_logps
+from .data.dataset import PairDataset, PreferenceCollator
+from .data.sampling import make_sampler
+from .model.distributed import Policy
+from .model.optim import NonFiniteError, Parameters, clip_gradients
+from .model.scoring import reply_logps
+from .run.metrics import Metrics
+from .run.progress import Progress
 
 # The warm-up draws its own order: its batches should not be the first ones of training again.
 _SEED = 1 << 32

@@ -8,7 +8,7 @@ import math
 import torch
 
 from ..backends import tuned
-from ..linear_plan import row_chunk_elements, tile_bounds, tile_words
+from ..head.plan import row_chunk_elements, tile_bounds, tile_words
 from .shapes import Shape
 
 Parameters = dict[str, int]

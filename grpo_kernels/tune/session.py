@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from ..backends import backends, choose, tuned
+from ..backends import available_backends, choose, tuned
 from ..backends.triton import table
-from ..linear_plan import make_plan, total_memory
+from ..head.plan import make_plan, total_memory
 from ..types import UnavailableBackendError
 from . import candidates, checks, works
 from .checks import Mismatch, Place
@@ -39,7 +39,7 @@ DIRECTIONS: tuple[table.Direction, ...] = ("fwd", "bwd")
 def names_here(shape: Shape) -> list[str]:
     """The backends that can run here with the head's operations, in the order of the registry."""
     found = []
-    for name in backends():
+    for name in available_backends():
         try:
             module = choose(name, shape.device, shape.dtype)
         except UnavailableBackendError:

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ..backends import choose
-from ..functional import fused_grpo_loss
-from ..functional_linear import linear_token_logps
-from ..linear_plan import total_memory
+from ..head.functional import linear_token_logps
+from ..head.plan import total_memory
+from ..loss.functional import fused_grpo_loss
 from ..types import IGNORE_INDEX, LOSS_TYPES
 from .shapes import Shape
 from .sweep import copies, rotated

@@ -32,8 +32,8 @@ from grpo_kernels.trainer.config import (
     SupervisedConfig,
     TrainConfig,
 )
-from grpo_kernels.trainer.distributed import is_sharded, local_part
-from grpo_kernels.trainer.sampling import GroupSampler
+from grpo_kernels.trainer.data.sampling import GroupSampler
+from grpo_kernels.trainer.model.distributed import is_sharded, local_part
 
 SGD = OptimConfig(
     name="sgd", lr=0.1, momentum=0.5, max_grad_norm=0.5, average_iterates=True, projection="start",
@@ -124,7 +124,7 @@ def scenario(folder: Path, name: str, rank: int) -> dict[str, Any]:
             return train(config)
     if name.endswith("full disk"):
         error = OSError(28, "No space left on device")
-        with mock.patch("grpo_kernels.trainer.checkpoint.sync_file", side_effect=error):
+        with mock.patch("grpo_kernels.trainer.run.checkpoint.sync_file", side_effect=error):
             return train(config)
     return train(config)
 

@@ -8,7 +8,7 @@ from torchrun import OURS
 
 from grpo_kernels import cli
 from grpo_kernels.trainer.config import DistributedConfig
-from grpo_kernels.trainer.distributed import ENVIRONMENT, Ranks, open_ranks, transformer_blocks
+from grpo_kernels.trainer.model.distributed import ENVIRONMENT, Ranks, open_ranks, transformer_blocks
 
 WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
 

@@ -21,8 +21,8 @@ from rank_scenarios import add_an_unused_parameter, configured, forget_after, lo
 from tiny_runs import lines
 from torchrun import finish, launch, start
 
-from grpo_kernels.trainer.checkpoint import load_latest
 from grpo_kernels.trainer.loop import train
+from grpo_kernels.trainer.run.checkpoint import load_latest
 
 pytest.importorskip("transformers")
 filelock = pytest.importorskip("filelock")

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from helpers import Batch, make_batch
 
-from grpo_kernels import fused_grpo_loss, fused_linear_grpo_loss, linear_plan
+from grpo_kernels import fused_grpo_loss, fused_linear_grpo_loss
+from grpo_kernels.head import plan as linear_plan
 
 WORLD = 4
 LIMIT = datetime.timedelta(seconds=60)

@@ -32,9 +32,9 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(params=[name for name in ("triton", "cuda") if not WANTED or name in WANTED])
 def backend(request):
     """Each GPU backend by name; skipped where it is not here, unless GRPO_KERNELS_TEST_BACKENDS asks for it."""
-    from grpo_kernels import backends
+    from grpo_kernels import available_backends
 
-    reason = backends()[request.param]
+    reason = available_backends()[request.param]
     if reason is not None:
         (pytest.fail if WANTED else pytest.skip)(f"{request.param}: {reason}")
     return request.param

@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parents[1] / "distributed"))
 
 import vocab_ranks
 
-from grpo_kernels import backends
+from grpo_kernels import available_backends
 
 RANKS, LIMIT = 2, datetime.timedelta(seconds=120)
 EPSILON = {torch.float32: 4e-6, torch.bfloat16: 4e-3}
@@ -76,7 +76,7 @@ def check(name, results, kind):
 def backends_here():
     """Those that can run, of the ones that the environment names where it names any."""
     wanted = [name for name in os.environ.get("GRPO_KERNELS_TEST_BACKENDS", "").split(",") if name]
-    here = [name for name, reason in backends().items() if reason is None]
+    here = [name for name, reason in available_backends().items() if reason is None]
     return [name for name in here if not wanted or name in wanted or name == "torch"]
 
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from tiny_runs import tiny_config
 
-from grpo_kernels.trainer import checkpoint as module
-from grpo_kernels.trainer.checkpoint import (
+from grpo_kernels.trainer.run import checkpoint as module
+from grpo_kernels.trainer.run.checkpoint import (
     Checkpoint,
     CheckpointError,
     clear_unfinished,
@@ -30,8 +30,8 @@ from grpo_kernels.trainer.checkpoint import (
     seed_random,
     sorted_checkpoints,
 )
-from grpo_kernels.trainer.metrics import Metrics, read_metrics
-from grpo_kernels.trainer.run_directory import remove_at_once, write_atomically
+from grpo_kernels.trainer.run.directory import remove_at_once, write_atomically
+from grpo_kernels.trainer.run.metrics import Metrics, read_metrics
 
 pytest.importorskip("safetensors")
 

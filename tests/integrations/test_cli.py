@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import tiny_config
 
-from grpo_kernels import __version__, backends, cli
+from grpo_kernels import __version__, available_backends, cli
 from grpo_kernels.trainer.config import TrainConfig
 
 SMALL = [
@@ -176,7 +176,7 @@ def test_info_names_every_backend_and_why_it_is_not_there(capsys):
     code, out, _ = run(capsys, "info")
     assert code == 0
     assert __version__ in out
-    for name, reason in backends().items():
+    for name, reason in available_backends().items():
         line = next(line for line in out.splitlines() if line.split()[:1] == [name] and "here" in line)
         assert ("not here" in line) == (reason is not None)
         assert " ".join((reason or "").split()) in line

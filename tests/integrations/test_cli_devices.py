@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from grpo_kernels import cli
-from grpo_kernels.backends import OPERATIONS, PROVEN, backends, child, device_kind, records, verdicts
+from grpo_kernels.backends import OPERATIONS, PROVEN, available_backends, child, device_kind, records, verdicts
 
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.skipif(backends()["cpu"] is not None, reason="the cpu backend is not built here")
+pytestmark = pytest.mark.skipif(available_backends()["cpu"] is not None, reason="the cpu backend is not built here")
 
 
 def run_of(status):

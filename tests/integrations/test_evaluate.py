@@ -10,8 +10,8 @@ from tiny_runs import tiny_config
 
 from grpo_kernels.trainer.config import LossConfig
 from grpo_kernels.trainer.data import PreferenceCollator, pair_texts, read_pairs, tokenize_pairs
-from grpo_kernels.trainer.evaluate import GroupReport, batches_by_length, evaluate, pair_logps
-from grpo_kernels.trainer.models import load_policy
+from grpo_kernels.trainer.evaluation import GroupReport, batches_by_length, evaluate, pair_logps
+from grpo_kernels.trainer.model.models import load_policy
 
 REPORT = GroupReport(("a", "b", "c"), (0.5, 0.9, math.nan), (0.6, 0.7, math.nan), (1.0, -2.0, math.nan), (30, 10, 0))
 

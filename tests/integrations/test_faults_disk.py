@@ -19,9 +19,15 @@ from hypothesis import strategies as st
 from tiny_runs import tiny_config
 from victims import FULL, HALF, KINDS, ROOT, Victims, assert_same_end, build_shim, config_of, latest, prepare
 
-from grpo_kernels.trainer import checkpoint as module
-from grpo_kernels.trainer.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_latest, save_checkpoint
 from grpo_kernels.trainer.loop import train
+from grpo_kernels.trainer.run import checkpoint as module
+from grpo_kernels.trainer.run.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    load_checkpoint,
+    load_latest,
+    save_checkpoint,
+)
 
 pytest.importorskip("transformers")
 

@@ -23,7 +23,7 @@ import pytest
 from victims import AFTER, BEFORE, KINDS, Victims, assert_same_end, build_shim, config_of, latest, moment, prepare
 
 from grpo_kernels.trainer.loop import train
-from grpo_kernels.trainer.run_directory import RunDirectory
+from grpo_kernels.trainer.run.directory import RunDirectory
 
 pytest.importorskip("transformers")
 

@@ -20,10 +20,10 @@ from victims import assert_same_end
 
 from grpo_kernels import GroupWeights, fused_grpo_loss
 from grpo_kernels.trainer import loop
-from grpo_kernels.trainer.checkpoint import load_latest
 from grpo_kernels.trainer.config import OptimConfig
 from grpo_kernels.trainer.loop import train
-from grpo_kernels.trainer.optim import NonFiniteError
+from grpo_kernels.trainer.model.optim import NonFiniteError
+from grpo_kernels.trainer.run.checkpoint import load_latest
 
 pytest.importorskip("transformers")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from grpo_kernels.trainer.config import LoraConfig, ModelConfig, TinyModelConfig
-from grpo_kernels.trainer.models import check_positions, describe_model, load_policy, train_tokenizer
+from grpo_kernels.trainer.model.models import check_positions, describe_model, load_policy, train_tokenizer
 
 pytest.importorskip("transformers")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from grpo_kernels.trainer.config import OptimConfig
-from grpo_kernels.trainer.optim import (
+from grpo_kernels.trainer.model.optim import (
     BallProjection,
     IterateAverage,
     clip_gradients,

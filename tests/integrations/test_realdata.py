@@ -54,7 +54,7 @@ def test_the_files_are_what_prepare_makes_of_their_dialogues():
 
 
 def test_every_pair_is_read_and_kept_and_its_text_comes_back():
-    from grpo_kernels.trainer.models import train_tokenizer
+    from grpo_kernels.trainer.model.models import train_tokenizer
 
     pairs = read_pairs(str(TRAIN), DataConfig())
     tokenizer = train_tokenizer(pair_texts(pairs), 2048)

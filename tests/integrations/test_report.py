@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_kernels.trainer.report import draw, plot, read_curves, spread
+from grpo_kernels.trainer.report.figure import draw, plot, read_curves, spread
 
 pytest.importorskip("matplotlib")
 

@@ -20,12 +20,12 @@ import yaml
 from tiny_runs import GROUPS, tiny_config, write_dropout_model
 
 from grpo_kernels import cli
-from grpo_kernels.trainer.checkpoint import CheckpointError
 from grpo_kernels.trainer.config import LoraConfig, ModelConfig, SupervisedConfig
-from grpo_kernels.trainer.evaluate import GroupReport
+from grpo_kernels.trainer.evaluation import GroupReport
 from grpo_kernels.trainer.loop import train
-from grpo_kernels.trainer.models import load_policy
-from grpo_kernels.trainer.terminal import printable
+from grpo_kernels.trainer.model.models import load_policy
+from grpo_kernels.trainer.run.checkpoint import CheckpointError
+from grpo_kernels.trainer.run.terminal import printable
 
 pytest.importorskip("transformers")
 

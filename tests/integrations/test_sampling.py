@@ -8,7 +8,7 @@ from itertools import islice
 import pytest
 import torch
 
-from grpo_kernels.trainer.sampling import KINDS, make_sampler
+from grpo_kernels.trainer.data.sampling import KINDS, make_sampler
 
 GROUP_IDS = [0] * 60 + [1] * 30 + [2] * 10
 

@@ -9,7 +9,7 @@ import torch
 
 from grpo_kernels import GroupWeights
 from grpo_kernels.trainer.config import LossConfig
-from grpo_kernels.trainer.scoring import fused_head_unavailable, group_loss, reply_logps
+from grpo_kernels.trainer.model.scoring import fused_head_unavailable, group_loss, reply_logps
 
 transformers = pytest.importorskip("transformers")
 

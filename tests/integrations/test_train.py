@@ -13,12 +13,12 @@ from tiny_runs import die_at, lines, tiny_config, write_dropout_model, write_pai
 
 from grpo_kernels import GroupWeights
 from grpo_kernels.trainer import loop
-from grpo_kernels.trainer.checkpoint import load_checkpoint, load_latest, sorted_checkpoints
 from grpo_kernels.trainer.config import GroupsConfig, LoraConfig, LossConfig, ModelConfig, OptimConfig, SupervisedConfig
 from grpo_kernels.trainer.inputs import make_group_weights
 from grpo_kernels.trainer.loop import train
-from grpo_kernels.trainer.optim import NonFiniteError
-from grpo_kernels.trainer.run_directory import RunDirectory
+from grpo_kernels.trainer.model.optim import NonFiniteError
+from grpo_kernels.trainer.run.checkpoint import load_checkpoint, load_latest, sorted_checkpoints
+from grpo_kernels.trainer.run.directory import RunDirectory
 
 pytest.importorskip("transformers")
 

@@ -13,10 +13,10 @@ import torch
 from tiny_runs import tiny_config
 
 from grpo_kernels import UnavailableBackendError
-from grpo_kernels.trainer.checkpoint import load_latest
 from grpo_kernels.trainer.config import LoraConfig
 from grpo_kernels.trainer.loop import train
-from grpo_kernels.trainer.run_directory import LOCK, RunDirectory
+from grpo_kernels.trainer.run.checkpoint import load_latest
+from grpo_kernels.trainer.run.directory import LOCK, RunDirectory
 
 pytest.importorskip("transformers")
 pyarrow = pytest.importorskip("pyarrow")
@@ -196,7 +196,7 @@ def test_a_folder_that_is_no_runs_is_neither_replaced_nor_gone_on_with(folder, t
 
 
 def test_a_folder_that_somebody_fills_before_the_lock_is_had_is_refused_then(tmp_path, monkeypatch):
-    import grpo_kernels.trainer.run_directory as module
+    import grpo_kernels.trainer.run.directory as module
 
     lock = module._lock
 

@@ -18,7 +18,7 @@ from grpo_kernels.trainer.data import (
     read_pairs,
     tokenize_pairs,
 )
-from grpo_kernels.trainer.models import train_tokenizer
+from grpo_kernels.trainer.model.models import train_tokenizer
 
 pytest.importorskip("transformers")
 pyarrow = pytest.importorskip("pyarrow")
@@ -375,7 +375,7 @@ def test_the_collator_refuses_what_it_cannot_use():
 
 def test_a_data_loader_yields_batches_that_the_loss_takes(tokenizer, path):
     from grpo_kernels import GroupWeights, fused_grpo_loss
-    from grpo_kernels.trainer.sampling import make_sampler
+    from grpo_kernels.trainer.data.sampling import make_sampler
 
     dataset = tokenized(tokenizer, path, ROW, row(group="b", prompt="x"), row(group="b", prompt="y"))
     sampler = make_sampler("balanced", dataset.group_ids, 4, seed=0, steps=3)

@@ -13,9 +13,9 @@ import time
 import pytest
 import torch
 
-from grpo_kernels import backends, cli, linear_token_logps
+from grpo_kernels import available_backends, cli, linear_token_logps
 from grpo_kernels.backends import choose, tuned
-from grpo_kernels.linear_plan import make_plan
+from grpo_kernels.head.plan import make_plan
 from grpo_kernels.tune import checks, report, session, shape_of, sweep
 from grpo_kernels.tune.results import Report, Result
 from grpo_kernels.tune.sweep import Candidate
@@ -60,7 +60,7 @@ def test_a_cpu_from_the_command_to_the_next_loss(capsys, tmp_path):
     content = json.loads(path.read_text())
     assert f"kept in {path}" in out
     assert "GRPO_KERNELS_TUNED=never ignores it" in out
-    here = [name for name, reason in backends().items() if reason is None and name in ("cpu", "torch")]
+    here = [name for name, reason in available_backends().items() if reason is None and name in ("cpu", "torch")]
     (times,) = content["backends"]
     assert set(times["ms"]) == {"logits", "head"}
     assert all(list(by_name) == here for by_name in times["ms"].values())

@@ -69,7 +69,7 @@ def write_dropout_model(folder: Path, texts: list[str], dropout: float = 0.2) ->
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from grpo_kernels.trainer.models import train_tokenizer
+    from grpo_kernels.trainer.model.models import train_tokenizer
 
     tokenizer = train_tokenizer(texts, 280)
     torch.manual_seed(3)
@@ -85,7 +85,7 @@ def write_dropout_model(folder: Path, texts: list[str], dropout: float = 0.2) ->
 
 def die_at(monkeypatch, step: int, error: BaseException | None = None) -> None:
     """Let the batch of a step raise, as if the process ended there."""
-    from grpo_kernels.trainer.sampling import GroupSampler
+    from grpo_kernels.trainer.data.sampling import GroupSampler
 
     whole = GroupSampler.batch
 

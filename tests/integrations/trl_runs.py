@@ -27,7 +27,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference  # noqa: F401 - for the tests
 
 from grpo_kernels.integrations.trl import GroupRobustDPOConfig, GroupRobustDPOTrainer
-from grpo_kernels.trainer.models import train_tokenizer
+from grpo_kernels.trainer.model.models import train_tokenizer
 
 # Every train() collects garbage, and would look through all that these imports have made: half a second each time.
 gc.freeze()

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from tiny_runs import tiny_config, write_dropout_model, write_pairs
 
-from grpo_kernels.trainer.checkpoint import load_latest
 from grpo_kernels.trainer.config import ModelConfig, OptimConfig, SupervisedConfig, TrainConfig
+from grpo_kernels.trainer.run.checkpoint import load_latest
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("plain", "everything")

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-from grpo_kernels.backends import backends, choose
+from grpo_kernels.backends import available_backends, choose
 from grpo_kernels.proof import Case, Place, cases
 from grpo_kernels.types import UnavailableBackendError
 
@@ -22,10 +22,12 @@ def places() -> list[Place]:
     """Every backend on every device where it runs in this process, or those the environment names."""
     wanted = [name for name in os.environ.get("GRPO_KERNELS_TEST_BACKENDS", "").split(",") if name]
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    found = [Place(name, device) for name in wanted or backends() for device in devices if _runs(name, device)]
+    found = [
+        Place(name, device) for name in wanted or available_backends() for device in devices if _runs(name, device)
+    ]
     missing = set(wanted) - {place.name for place in found}
     if missing:
-        raise RuntimeError(f"asked to test {sorted(missing)}, which cannot run here: {backends()}")
+        raise RuntimeError(f"asked to test {sorted(missing)}, which cannot run here: {available_backends()}")
     return found
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from grpo_kernels import backends, fused_linear_grpo_loss
+from grpo_kernels import available_backends, fused_linear_grpo_loss
 
-BACKENDS = [name for name in ("torch", "cpu") if backends()[name] is None]
+BACKENDS = [name for name in ("torch", "cpu") if available_backends()[name] is None]
 PAIRS, TOKENS, WIDTH, WORDS, BETA = 2, 4096, 64, 256, 0.1
 
 

@@ -9,12 +9,14 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo_kernels import linear_head, linear_plan, linear_token_logps
-from grpo_kernels.backends import backends, choose
-from grpo_kernels.linear_plan import make_plan
+from grpo_kernels import linear_token_logps
+from grpo_kernels.backends import available_backends, choose
+from grpo_kernels.head import linear_head
+from grpo_kernels.head import plan as linear_plan
+from grpo_kernels.head.plan import make_plan
 
 CPU = torch.device("cpu")
-BACKENDS = [name for name in ("torch", "cpu") if backends()[name] is None]
+BACKENDS = [name for name in ("torch", "cpu") if available_backends()[name] is None]
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -350,7 +352,7 @@ def test_a_plan_is_logged_once(caplog):
     linear_plan._logged.clear()
     hidden, weight = torch.randn(1, 4, 3), torch.randn(11, 3)
     labels = torch.randint(0, 11, (1, 4))
-    with caplog.at_level(logging.INFO, "grpo_kernels.linear_plan"):
+    with caplog.at_level(logging.INFO, "grpo_kernels.head.plan"):
         for _ in range(3):
             linear_token_logps(hidden, weight, labels)
     assert len(caplog.records) == 1

@@ -55,7 +55,7 @@ def test_exponential_at_its_ends():
 
 
 def test_an_unknown_instruction_set_is_an_unavailable_backend():
-    code = "from grpo_kernels.backends import backends; print(backends()['cpu'])"
+    code = "from grpo_kernels.backends import available_backends; print(available_backends()['cpu'])"
     assert "GRPO_KERNELS_ISA must be" in run_python("-c", code, GRPO_KERNELS_ISA="sse9")
 
 

@@ -12,13 +12,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from grpo_kernels import GroupWeights, backends, fused_grpo_loss, fused_linear_grpo_loss, token_logps
+from grpo_kernels import GroupWeights, available_backends, fused_grpo_loss, fused_linear_grpo_loss, token_logps
 from grpo_kernels.backends import choose
 
 ROUNDS = 12
 
 pytestmark = pytest.mark.skipif(
-    backends()["cpu"] is not None or choose("cpu", torch.device("cpu"), torch.float32).isa() == "baseline",
+    available_backends()["cpu"] is not None or choose("cpu", torch.device("cpu"), torch.float32).isa() == "baseline",
     reason="the compiled CPU kernels are not here, or only the portable ones",
 )
 

@@ -19,10 +19,10 @@ import torch
 from helpers import LOSSES
 from hypothesis import strategies as st
 
-from grpo_kernels import GroupWeights, backends, reference
+from grpo_kernels import GroupWeights, available_backends, reference
 
 BACKENDS = [name for name in os.environ.get("GRPO_KERNELS_TEST_BACKENDS", "").split(",") if name] or [
-    "auto", *(name for name in ("torch", "cpu") if backends()[name] is None)
+    "auto", *(name for name in ("torch", "cpu") if available_backends()[name] is None)
 ]  # fmt: skip
 SMALL = BACKENDS == ["triton"]
 """Triton's interpreter is slow."""

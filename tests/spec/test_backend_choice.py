@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grpo_kernels import backends as public_backends
+from grpo_kernels import available_backends
 from grpo_kernels.backends import PROVEN, choose, verdicts
 from grpo_kernels.types import UnavailableBackendError
 
@@ -71,6 +71,6 @@ def test_a_backend_asked_for_by_name_is_taken_proven_or_not(machine_with_a_gpu):
 
 def test_float64_and_what_else_the_kernels_lack_falls_to_plain_pytorch():
     assert choose("auto", torch.device("cpu"), torch.float64).__name__.endswith("torch_ops")
-    if public_backends()["cpu"] is None and ("cpu", "cpu-x86_64") in PROVEN:
+    if available_backends()["cpu"] is None and ("cpu", "cpu-x86_64") in PROVEN:
         with pytest.raises(UnavailableBackendError, match="float64"):
             choose("cpu", torch.device("cpu"), torch.float64)

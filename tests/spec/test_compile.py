@@ -6,10 +6,10 @@ import pytest
 import torch
 from helpers import make_batch
 
-from grpo_kernels import GroupWeights, backends, fused_grpo_loss, fused_linear_grpo_loss, preference_loss
+from grpo_kernels import GroupWeights, available_backends, fused_grpo_loss, fused_linear_grpo_loss, preference_loss
 from grpo_kernels.types import LOSS_TYPES
 
-HERE = [name for name, reason in backends().items() if reason is None and name in ("cpu", "torch")]
+HERE = [name for name, reason in available_backends().items() if reason is None and name in ("cpu", "torch")]
 every_backend = pytest.mark.parametrize("backend", HERE)
 
 

@@ -31,7 +31,8 @@ from drawn_cases import (
 )
 from hypothesis import strategies as st
 
-from grpo_kernels import fused_linear_grpo_loss, linear_plan, linear_sequence_logps, linear_token_logps
+from grpo_kernels import fused_linear_grpo_loss, linear_sequence_logps, linear_token_logps
+from grpo_kernels.head import plan as linear_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:group_lr=")
 

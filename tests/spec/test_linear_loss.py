@@ -11,13 +11,13 @@ from grpo_kernels import (
     UnavailableBackendError,
     fused_grpo_loss,
     fused_linear_grpo_loss,
-    linear_plan,
     linear_sequence_logps,
     linear_token_logps,
     reference,
     sequence_logps,
     token_logps,
 )
+from grpo_kernels.head import plan as linear_plan
 from tests.helpers import IGNORE, LOSSES, assert_close, make_batch
 
 HEADS = [

@@ -16,7 +16,7 @@ from helpers import IGNORE, make_batch
 
 from grpo_kernels import (
     GroupWeights,
-    backends,
+    available_backends,
     fused_grpo_loss,
     fused_linear_grpo_loss,
     linear_sequence_logps,
@@ -27,7 +27,7 @@ from grpo_kernels import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-HERE = [name for name in ("torch", "cpu") if backends()[name] is None]
+HERE = [name for name in ("torch", "cpu") if available_backends()[name] is None]
 
 STEPS = """
 import gc, json, sys, tracemalloc

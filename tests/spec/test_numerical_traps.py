@@ -16,13 +16,13 @@ from grpo_kernels import (
     GroupWeights,
     fused_grpo_loss,
     fused_linear_grpo_loss,
-    linear_plan,
     linear_sequence_logps,
     linear_token_logps,
     preference_loss,
     sequence_logps,
     token_logps,
 )
+from grpo_kernels.head import plan as linear_plan
 
 HERE = [name for name in BACKENDS if name != "auto"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

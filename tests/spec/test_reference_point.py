@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from grpo_kernels import backends, fused_grpo_loss, preference_loss, sequence_logps
+from grpo_kernels import available_backends, fused_grpo_loss, preference_loss, sequence_logps
 
-RUNNING = [name for name, reason in backends().items() if reason is None and name in ("cpu", "torch")]
+RUNNING = [name for name, reason in available_backends().items() if reason is None and name in ("cpu", "torch")]
 
 
 @pytest.fixture(params=RUNNING)

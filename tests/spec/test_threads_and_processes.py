@@ -13,10 +13,10 @@ import pytest
 import torch
 from helpers import same_bits
 
-from grpo_kernels import GroupWeights, backends, fused_grpo_loss, fused_linear_grpo_loss, sequence_logps
+from grpo_kernels import GroupWeights, available_backends, fused_grpo_loss, fused_linear_grpo_loss, sequence_logps
 
 ROOT = Path(__file__).resolve().parents[2]
-HERE = [name for name in ("torch", "cpu") if backends()[name] is None]
+HERE = [name for name in ("torch", "cpu") if available_backends()[name] is None]
 every_backend = pytest.mark.parametrize("backend", HERE)
 
 

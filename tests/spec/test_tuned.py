@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from grpo_kernels import backends as public_backends
-from grpo_kernels import fused_linear_grpo_loss, linear_plan
+from grpo_kernels import available_backends, fused_linear_grpo_loss
 from grpo_kernels.backends import cache, choose, torch_ops, tuned
 from grpo_kernels.backends.triton import table
-from grpo_kernels.linear_plan import make_plan
+from grpo_kernels.head import plan as linear_plan
+from grpo_kernels.head.plan import make_plan
 from grpo_kernels.tune import candidates, shape_of
 
 CPU = torch.device("cpu")
@@ -100,7 +100,7 @@ def head_loss(backend: str) -> list[torch.Tensor]:
     return [out.loss.detach(), *torch.autograd.grad(out.loss, [hidden, weight, bias])]
 
 
-@pytest.mark.parametrize("backend", [name for name in ("cpu", "torch") if public_backends()[name] is None])
+@pytest.mark.parametrize("backend", [name for name in ("cpu", "torch") if available_backends()[name] is None])
 def test_a_loss_takes_the_tuned_tiles_and_gives_the_same_bits_again(backend, monkeypatch):
     module, widths = choose(backend, CPU, torch.float32), []
     forward = module.head_tile_fwd

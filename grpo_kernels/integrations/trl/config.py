@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 from trl import DPOConfig
 
-from ... import GroupWeights, backends
-from ...checks import check_loss_settings
+from ... import GroupWeights, available_backends
+from ...arguments import check_loss_settings
 from ...types import LossType
 
 LOSSES: dict[str, tuple[LossType, bool]] = {
@@ -50,7 +50,7 @@ class GroupRobustDPOConfig(DPOConfig):
             also logs entropy, mean logits and token accuracy.
         memory_budget: what the fused head may keep from forward to backward: bytes, a share of the device's memory,
             or "auto".
-        backend: backend of the fused head, "auto" or a name of ``grpo_kernels.backends()``.
+        backend: backend of the fused head, "auto" or a name of ``grpo_kernels.available_backends()``.
         max_logged_groups: with more groups than this, only the worst is logged.
 
     Raises:
@@ -112,8 +112,10 @@ class GroupRobustDPOConfig(DPOConfig):
         """
         loss_settings(self)
         self.memory_budget = _budget(self.memory_budget)
-        if self.backend != "auto" and self.backend not in backends():
-            raise ValueError(f"backend must be 'auto' or one of {', '.join(backends())}, got {self.backend!r}")
+        if self.backend != "auto" and self.backend not in available_backends():
+            raise ValueError(
+                f"backend must be 'auto' or one of {', '.join(available_backends())}, got {self.backend!r}"
+            )
         if not isinstance(self.group_column, str) or not self.group_column or self.group_column in TAKEN_COLUMNS:
             raise ValueError(f"group_column must name a column that TRL does not use itself, got {self.group_column!r}")
         if self.max_logged_groups < 0:

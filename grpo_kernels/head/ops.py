@@ -1,0 +1,210 @@
+"""The head's forward and backward by the name of a backend, and the two again as operators for ``torch.compile``.
+
+How many rows are labelled, and so the shape of almost everything that forward hands to backward, is known only when
+it runs.  The compiler therefore sees two opaque operators whose outputs have sizes of their own; ``autograd.py`` ties
+them together.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import Backend, choose
+from ..types import UnavailableBackendError
+from ..vocab.shards import Shard
+from . import linear_head
+from .plan import Call, accumulation_dtype
+
+
+def tile_backend(name: str, device: torch.device, dtype: torch.dtype, *, may_prove: bool = True) -> Backend:
+    """The backend that will run the tile operations; plain PyTorch under "auto" where the first choice has none."""
+    chosen = choose(name, device, dtype, may_prove=may_prove)
+    if hasattr(chosen, "head_tile_fwd"):
+        return chosen
+    if name != "auto":
+        raise UnavailableBackendError(f"backend={name!r} cannot be used here: it has no tile operations for the head")
+    return choose("torch", device, dtype)
+
+
+def forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    needs: Sequence[bool],
+    call: Call,
+    backend: str,
+) -> tuple[Any, ...]:
+    """As :func:`linear_head.token_logps_fwd`, by the name of the backend.
+
+    An operator's call (``call.apart`` is False) is inside a compiled region, where nothing is proven.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):  # call.dtype has heard it already
+        chosen = tile_backend(backend, hidden.device, call.dtype, may_prove=call.apart)
+        return linear_head.token_logps_fwd(hidden, weight, bias, targets, needs, call, chosen)
+
+
+def backward(
+    grad_logps: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    index: Tensor,
+    right: Tensor | None,
+    saved: list[Any],
+    needs: Sequence[bool],
+    call: Call,
+    backend: str,
+) -> tuple[Any, ...]:
+    """Gradients of hidden, weight and bias, None where they are not needed.
+
+    Of ``hidden``, ``weight`` and ``bias`` a frozen head reads the shape and dtype alone.  Of ``saved`` nothing is left.
+    """
+    with torch.autocast(grad_logps.device.type, enabled=False):
+        c = grad_logps[index]
+        if right is not None:
+            c = c.masked_fill(~right, torch.nan)
+        fields = linear_head.Saved.of(saved)
+        saved.clear()  # `fields` alone lets them go
+        grads: list[Any] = [None, None, None]
+        if needs[0]:
+            grads[0] = linear_head.hidden_gradient(c, fields.unit_grad, index, hidden.shape, hidden.dtype, call)
+            fields.unit_grad = None
+        if needs[1] or needs[2]:
+            chosen = tile_backend(backend, hidden.device, call.dtype, may_prove=call.apart)
+            grads[1:] = linear_head.weight_gradient(
+                c, hidden, weight, bias, targets, index, fields, needs, call, chosen
+            )
+        return tuple(grads)
+
+
+_WHOLE = Shard("", 0)
+"""Stands for None in a schema: no group has this name."""
+
+
+def flat(call: Call) -> tuple[Any, ...]:
+    """The call in types that a schema knows; a budget is bytes, a share or a word."""
+    return (
+        call.dtype, call.ignore_index, call.num_labelled, repr(call.memory_budget), call.softcap, call.logit_scale,
+        call.grad, *(call.shard or _WHOLE),
+    )  # fmt: skip
+
+
+def _call(
+    dtype: torch.dtype,
+    ignore_index: int,
+    num_labelled: int | None,
+    memory_budget: str,
+    softcap: float,
+    logit_scale: float,
+    grad: bool,
+    *shard: Any,
+) -> Call:
+    budget = ast.literal_eval(memory_budget)
+    whose = Shard(*shard) if shard[0] else None
+    return Call(dtype, ignore_index, num_labelled, budget, softcap, logit_scale, grad, whose, apart=False)
+
+
+def _nothing(like: Tensor) -> Tensor:
+    """Stands for None: an operator returns tensors."""
+    return like.new_empty(0)
+
+
+@torch.library.custom_op("grpo_kernels::linear_token_logps_fwd", mutates_args=())
+def linear_token_logps_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    needs: list[bool],
+    dtype: torch.dtype,
+    ignore_index: int,
+    num_labelled: int | None,
+    memory_budget: str,
+    softcap: float,
+    logit_scale: float,
+    grad: bool,
+    group: str,
+    start: int,
+    vocabulary: int,
+    backend: str,
+) -> list[Tensor]:
+    call = _call(
+        dtype, ignore_index, num_labelled, memory_budget, softcap, logit_scale, grad, group, start, vocabulary
+    )  # fmt: skip
+    found = forward(hidden, weight, bias, targets, needs, call, backend)
+    logps, index, right, unit_grad, top, share, miss, kept_scale, *kept = found
+    if kept_scale is None and (needs[1] or needs[2]):
+        kept_scale = logps.new_empty(0, index.shape[0])  # no tile was kept, of as many rows
+    results = (logps, index, right, unit_grad, top, share, miss, kept_scale, kept[0] if kept else None)
+    return [_nothing(hidden) if result is None else result for result in results]
+
+
+@linear_token_logps_fwd.register_fake
+def _(hidden, weight, bias, targets, needs, dtype, ignore_index, num_labelled, memory_budget, softcap, logit_scale,
+      grad, *rest):  # fmt: skip
+    size = torch.library.get_ctx().new_dynamic_size
+    rows = size() if num_labelled is None else num_labelled
+    accumulate = accumulation_dtype(dtype)
+    full = needs[1] or needs[2]
+    kept, kept_tiles = (size(), size()) if full else (0, 0)
+    logps, index = hidden.new_empty(targets.shape, dtype=accumulate), targets.new_empty(rows)
+    right = _nothing(hidden) if num_labelled is None else targets.new_empty((), dtype=torch.bool)
+    unit_grad = hidden.new_empty((rows, hidden.shape[1]), dtype=accumulate) if needs[0] else _nothing(hidden)
+    vectors = [hidden.new_empty(rows, dtype=accumulate) if full else _nothing(hidden) for _ in range(3)]
+    tiles = [_nothing(hidden), _nothing(hidden)]
+    if full:
+        tiles = [hidden.new_empty((kept_tiles, rows), dtype=accumulate), hidden.new_empty(kept, dtype=dtype)]
+    return [logps, index, right, unit_grad, *vectors, *tiles]
+
+
+@torch.library.custom_op("grpo_kernels::linear_token_logps_bwd", mutates_args=())
+def linear_token_logps_bwd(
+    grad_logps: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    index: Tensor,
+    right: Tensor | None,
+    saved: list[Tensor],
+    needs: list[bool],
+    dtype: torch.dtype,
+    ignore_index: int,
+    num_labelled: int | None,
+    memory_budget: str,
+    softcap: float,
+    logit_scale: float,
+    grad: bool,
+    group: str,
+    start: int,
+    vocabulary: int,
+    backend: str,
+) -> list[Tensor]:
+    call = _call(
+        dtype, ignore_index, num_labelled, memory_budget, softcap, logit_scale, grad, group, start, vocabulary
+    )  # fmt: skip
+    told = None if num_labelled is None else right
+    *fields, kept_scale, kept = saved
+    tiles = [kept] if kept_scale.shape[0] else []
+    grads = backward(
+        grad_logps, hidden, weight, bias, targets, index, told, [*fields, kept_scale, *tiles], needs, call, backend
+    )
+    return [_nothing(hidden) if result is None else result for result in grads]
+
+
+@linear_token_logps_bwd.register_fake
+def _(grad_logps, hidden, weight, bias, targets, index, right, saved, needs, *rest):
+    inputs = (hidden, weight, bias)
+    return [
+        _nothing(hidden)
+        if tensor is None or not need
+        else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        for tensor, need in zip(inputs, needs, strict=True)
+    ]

@@ -1,0 +1,1 @@
+"""Figures of one or several runs, from their metrics files."""
