@@ -2,13 +2,20 @@
 
 For who has a loop of his own: :func:`read_pairs` and :func:`tokenize_pairs` make a data set with groups,
 :class:`PreferenceCollator` makes batches of it, and :func:`make_sampler` draws them and tells ``GroupWeights`` its q.
+
+The parts, and who may import whom::
+
+    setting_types ← config ← {data, model} ← run ← {inputs, supervised, evaluation, report} ← {loop, evaluate_model}
+
+``loop.py`` is the place to begin, ``config.py`` has every setting; ``config_file.py`` stands alone.
 """
 
 from .config import TrainConfig
-from .data.dataset import PairDataset, PreferenceCollator, read_pairs, tokenize_pairs
+from .data import PairDataset, PreferenceCollator, read_pairs, tokenize_pairs
 from .data.sampling import GroupSampler, make_sampler
-from .evaluation import GroupReport, evaluate
+from .evaluation import evaluate
 from .loop import RunResult, train
+from .run.group_report import GroupReport
 
 __all__ = [
     "GroupReport",

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from .config import DataConfig, LossConfig, ModelConfig, check_data, check_loss
-from .data.dataset import PreferenceCollator, read_pairs, tokenize_pairs
-from .evaluation import GroupReport, evaluate, pair_logps
+from .data import PreferenceCollator, read_pairs, tokenize_pairs
+from .evaluation import evaluate
 from .inputs import try_backend
 from .model.distributed import usable_device
-from .model.models import check_positions, load_policy
+from .model.models import check_positions, load_policy, no_progress_bars
+from .model.scoring import pair_logps
 from .run.directory import CONFIG, FINAL, FINAL_AVERAGE, START, SUMMARY
-from .run.results import no_progress_bars
+from .run.group_report import GroupReport
 from .setting_types import check_types
 
 

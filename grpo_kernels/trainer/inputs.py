@@ -11,12 +11,11 @@ import torch
 
 from .. import GroupWeights, UnavailableBackendError, preference_loss
 from .config import LossConfig, TrainConfig
-from .data.dataset import PairDataset, pair_texts, read_pairs, tokenize_pairs
+from .data import PairDataset, pair_texts, read_pairs, tokenize_pairs
 from .data.sampling import GroupSampler, make_sampler
 from .model.distributed import Ranks
-from .model.models import check_positions, load_policy
+from .model.models import check_positions, load_policy, no_progress_bars
 from .run.directory import refuse_existing
-from .run.results import no_progress_bars
 
 
 @dataclass

@@ -18,10 +18,10 @@ import torch
 
 from .. import GroupLossOutput
 from .config import TrainConfig
-from .data.dataset import PairDataset, PreferenceCollator
-from .evaluation import GroupReport, evaluate
+from .data import PairDataset, PreferenceCollator
+from .evaluation import evaluate
 from .inputs import Inputs, read_inputs
-from .model.distributed import Policy, Ranks, local_part, open_ranks
+from .model.distributed import Ranks, local_part, open_ranks
 from .model.optim import (
     BallProjection,
     IterateAverage,
@@ -32,7 +32,7 @@ from .model.optim import (
     set_learning_rate,
     trained_parameters,
 )
-from .model.reference_cache import reference_logps
+from .model.policy import Policy
 from .model.scoring import group_loss
 from .run.checkpoint import (
     clear_unfinished,
@@ -52,8 +52,10 @@ from .run.directory import (
     TENSORBOARD,
     RunDirectory,
 )
+from .run.group_report import GroupReport
 from .run.metrics import Metrics
 from .run.progress import Progress
+from .run.reference_cache import reference_logps
 from .run.results import save_config, save_model, write_summary
 from .run.state import TrainState, check_resumable, run_identity, share_checkpoint
 from .run.terminal import printable

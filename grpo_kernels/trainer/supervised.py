@@ -7,10 +7,10 @@ import math
 import torch
 
 from .config import TrainConfig
-from .data.dataset import PairDataset, PreferenceCollator
+from .data import PairDataset, PreferenceCollator
 from .data.sampling import make_sampler
-from .model.distributed import Policy
 from .model.optim import NonFiniteError, Parameters, clip_gradients
+from .model.policy import Policy
 from .model.scoring import reply_logps
 from .run.metrics import Metrics
 from .run.progress import Progress

@@ -10,8 +10,10 @@ from tiny_runs import tiny_config
 
 from grpo_kernels.trainer.config import LossConfig
 from grpo_kernels.trainer.data import PreferenceCollator, pair_texts, read_pairs, tokenize_pairs
-from grpo_kernels.trainer.evaluation import GroupReport, batches_by_length, evaluate, pair_logps
+from grpo_kernels.trainer.evaluation import evaluate
 from grpo_kernels.trainer.model.models import load_policy
+from grpo_kernels.trainer.model.scoring import batches_by_length, pair_logps
+from grpo_kernels.trainer.run.group_report import GroupReport
 
 REPORT = GroupReport(("a", "b", "c"), (0.5, 0.9, math.nan), (0.6, 0.7, math.nan), (1.0, -2.0, math.nan), (30, 10, 0))
 

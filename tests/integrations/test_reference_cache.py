@@ -12,9 +12,9 @@ from tiny_runs import tiny_config
 from grpo_kernels import sequence_logps
 from grpo_kernels.trainer.config import LossConfig
 from grpo_kernels.trainer.data import PreferenceCollator, pair_texts, read_pairs, tokenize_pairs
-from grpo_kernels.trainer.model import reference_cache
 from grpo_kernels.trainer.model.models import load_policy
-from grpo_kernels.trainer.model.reference_cache import fingerprint, reference_logps
+from grpo_kernels.trainer.run import reference_cache
+from grpo_kernels.trainer.run.reference_cache import fingerprint, reference_logps
 
 pytest.importorskip("transformers")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from grpo_kernels.trainer.report.figure import draw, plot, read_curves, spread
+from grpo_kernels.trainer.report import draw, plot, read_curves
+from grpo_kernels.trainer.report.labels import spread
 
 pytest.importorskip("matplotlib")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,20 @@ def load_policy(config: ModelConfig, *, train_texts: Iterable[str] | None = None
         if config.lora is not None:
             model = _with_adapters(model, config.lora)
     return model.train(), tokenizer
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Without the bars that ``transformers`` draws for every file it reads or writes, over ours."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def describe_model(model: Any) -> dict[str, Any]:

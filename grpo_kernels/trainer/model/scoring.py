@@ -7,8 +7,8 @@ By the fused head where the model allows it (``attach_fused_head``): logits neve
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from ... import GroupLossOutput, GroupWeights, attach_fused_head, fused_grpo_loss, preference_loss, sequence_logps
 from ...types import IGNORE_INDEX
 from ..config import LossConfig
+from .distributed import ALONE, Ranks, reshard
 
 _log = logging.getLogger(__name__)
 _INPUTS = ("input_ids", "attention_mask")
@@ -83,6 +84,68 @@ def reply_logps(
             return _forward(model, batch, fused_labels=batch["labels"]).sequence_logps
         logits = _forward(model, batch).logits
     return sequence_logps(logits, batch["labels"], overwrite_logits=logits.requires_grad, backend=config.backend)
+
+
+def pair_logps(
+    model: torch.nn.Module,
+    dataset: Any,
+    collate: Callable[[list[Any]], Mapping[str, torch.Tensor]],
+    *,
+    loss: LossConfig,
+    batch_size: int = 32,
+    device: torch.device | str = "cpu",
+    bf16: bool = False,
+    ranks: Ranks = ALONE,
+) -> torch.Tensor:
+    """Summed log-probabilities of every reply of a data set, without gradients.
+
+    Args:
+        model: causal language model, on ``device``.
+        dataset: a :class:`~.data.PairDataset` of N pairs.
+        collate: pairs → batch, a :class:`~.data.PreferenceCollator`.
+        loss: of it only the backend, and whether the head is fused.
+        batch_size: pairs in one forward pass.
+        device: where the batch goes.
+        bf16: autocast the forward pass.
+        ranks: that share the work, batch by batch; all must call.
+
+    Returns:
+        (N, 2) float32 on the CPU, chosen and rejected, in nats.
+    """
+    device = torch.device(device)
+    logps = torch.zeros(len(dataset.pairs), 2)
+    with frozen(model):
+        for indices, ours in ranks.deal(list(batches_by_length(dataset, batch_size))):
+            batch = collate([dataset.pairs[i] for i in indices])
+            sums = reply_logps(model, {name: tensor.to(device) for name, tensor in batch.items()}, loss, bf16=bf16)
+            if ours:
+                logps[indices] = sums.view(2, -1).t().float().cpu()
+    return ranks.sum(logps)  # zeros where another rank was
+
+
+@contextmanager
+def frozen(model: torch.nn.Module) -> Iterator[None]:
+    """No gradients, no dropout, and afterwards the mode that was: nothing inside draws a random number."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+        reshard(model)
+
+
+def batches_by_length(dataset: Any, batch_size: int) -> Iterator[list[int]]:
+    """Indices in batches of pairs of similar length, longest first: least padding, and memory shows at once."""
+
+    def length(i: int) -> int:
+        pair = dataset.pairs[i]
+        return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
+
+    order = sorted(range(len(dataset.pairs)), key=lambda i: (-length(i), i))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
 
 
 def fused_head_unavailable(

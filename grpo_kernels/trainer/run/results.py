@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ from typing import Any
 import torch
 
 from ..config import TrainConfig
-from ..data.dataset import PairDataset
-from ..evaluation import GroupReport
-from ..model.models import describe_model
+from ..data import PairDataset
+from ..model.models import describe_model, no_progress_bars
 from .directory import (
     CONFIG,
     SUMMARY,
@@ -27,6 +25,7 @@ from .directory import (
     write_atomically,
     write_json,
 )
+from .group_report import GroupReport
 
 
 def save_config(config: TrainConfig, folder: Path) -> None:
@@ -68,20 +67,6 @@ def save_model(model: Any, tokenizer: Any, folder: Path, *, merge: bool) -> None
         finally:
             remove(temporary)
         sync_folder(folder.parent)
-
-
-@contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Without the bars that ``transformers`` draws for every file it reads or writes, over ours."""
-    from transformers.utils import logging
-
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
 
 
 def write_summary(

@@ -11,7 +11,7 @@ import torch
 
 from ... import GroupWeights
 from ..config import TrainConfig
-from ..data.dataset import PairDataset
+from ..data import PairDataset
 from ..model.distributed import ALONE, Ranks
 from ..model.optim import IterateAverage, Parameters
 from .checkpoint import (

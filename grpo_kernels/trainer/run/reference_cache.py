@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from ..config import DataConfig, LossConfig
-from ..evaluation import pair_logps
-from ..run.directory import write_atomically
-from .distributed import ALONE, Ranks
+from ..model.distributed import ALONE, Ranks
+from ..model.scoring import pair_logps
+from .directory import write_atomically
 
 # The architecture's name is filled in when a model is first saved; its parameters' names say as much.
 _NOT_THE_MODEL = {"_name_or_path", "architectures", "transformers_version", "use_cache", "dtype", "torch_dtype"}
@@ -97,7 +97,7 @@ def reference_logps(
         model: the reference, which is the policy as it stands before training.
         tokenizer, dataset, data: what is scored, and how it came to be.
         collate: pairs → batch.
-        loss, batch_size, device, bf16, ranks: as in :func:`~.evaluate.pair_logps`; the first rank reads and writes the
+        loss, batch_size, device, bf16, ranks: as in :func:`~.scoring.pair_logps`; the first rank reads and writes the
             cache.
 
     Returns:
