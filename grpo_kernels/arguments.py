@@ -1,4 +1,4 @@
-"""What the public functions demand of their arguments, and the words in which they say so.
+"""Checks of single arguments, and the words in which their errors say so.
 
 Everything that reads a tensor's values is done on CPU tensors only: on a device it would wait for the queue, and
 the kernels answer a bad label or group id with NaN in that pair instead.
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from .backends import decided
 from .types import LOSS_TYPES, SMOOTHED_LOSS_TYPES
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -33,7 +32,12 @@ def describe(value: Any) -> str:
 
 def is_dense(value: Any) -> bool:
     """A tensor that has strides: neither sparse nor nested."""
-    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_nested
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_nested
+
+
+def contiguous(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in this dtype and contiguous; itself where it is, which is quicker to see than to ask PyTorch for."""
+    return tensor if tensor.dtype is dtype and tensor.is_contiguous() else tensor.to(dtype).contiguous()
 
 
 def check_number(name: str, value: Any) -> float:
@@ -106,14 +110,14 @@ def check_cu_seqlens(cu_seqlens: Any, rows: int, device: torch.device) -> None:
     if values_are_readable(cu_seqlens):
         edges = cu_seqlens.tolist()
         if edges[0] != 0 or edges[-1] != rows or any(a > b for a, b in itertools.pairwise(edges)):
-            raise ValueError(f"cu_seqlens must rise from 0 to the {rows} rows of logits, got {_short(edges)}")
+            raise ValueError(f"cu_seqlens must rise from 0 to the {rows} rows of logits, got {shortened(edges)}")
 
 
 def check_integers(name: str, tensor: Any, shape: tuple[int, ...], device: torch.device) -> None:
     """An integer tensor of exactly this shape on this device."""
     if not is_dense(tensor) or tensor.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must be an int64 or int32 tensor, got {describe(tensor)}")
-    if tensor.shape != torch.Size(shape):
+    if tensor.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {describe(tensor)}")
     check_device(name, tensor, device)
 
@@ -127,7 +131,7 @@ def check_sums(name: str, tensor: Any, shape: tuple[int, ...], device: torch.dev
             f"{name} must be float32 or float64 (a sum over tokens in half precision is off by up to a nat), "
             f"got {describe(tensor)}"
         )
-    if tensor.shape != torch.Size(shape):
+    if tensor.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {describe(tensor)}")
     check_device(name, tensor, device)
     if tensor.requires_grad:
@@ -140,7 +144,7 @@ def check_lengths(lengths: Any, shape: tuple[int, ...], device: torch.device) ->
         raise TypeError(f"lengths must be a tensor or None, got {describe(lengths)}")
     if lengths.dtype == torch.bool or lengths.is_complex():
         raise TypeError(f"lengths must be an integer or floating tensor, got {describe(lengths)}")
-    if lengths.shape != torch.Size(shape):
+    if lengths.shape != shape:
         raise ValueError(f"lengths must have shape {tuple(shape)}, got {describe(lengths)}")
     check_device("lengths", lengths, device)
     if lengths.requires_grad:
@@ -161,30 +165,6 @@ def check_ignore_index(ignore_index: Any) -> None:
         raise TypeError(f"ignore_index must be an int, got {describe(ignore_index)}")
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must fit into 64 bits, got {describe(ignore_index)}")
-
-
-def check_labels_in_range(labels: torch.Tensor, vocabulary: int, ignore_index: int) -> None:
-    """Labels in [0, V) or ``ignore_index``, where nothing predicts them too; on CPU."""
-    if not values_are_readable(labels):
-        return
-    low, high = _range(labels, ignore_index)
-    if low < 0 or high >= vocabulary:
-        bad = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
-        found = labels[bad].unique().tolist()
-        raise ValueError(
-            f"labels must be in [0, {vocabulary}) or ignore_index={ignore_index}, got {_short(found)} "
-            f"at {int(bad.sum())} of {labels.numel()} positions"
-        )
-
-
-def check_group_ids(group_ids: Any, num_pairs: int, num_groups: int, device: torch.device) -> None:
-    """(B,) integers in [0, G); the range on CPU."""
-    check_integers("group_ids", group_ids, (num_pairs,), device)
-    if values_are_readable(group_ids):
-        low, high = _range(group_ids)
-        if low < 0 or high >= num_groups:
-            low, high = (int(x) for x in torch.aminmax(group_ids))
-            raise ValueError(f"group_ids must be in [0, {num_groups}), got values from {low} to {high}")
 
 
 def check_overwrite(overwrite: Any, given: torch.Tensor, logits: torch.Tensor) -> None:
@@ -221,10 +201,6 @@ def values_are_readable(tensor: torch.Tensor) -> bool:
     return tensor.is_cpu and not torch.compiler.is_compiling()
 
 
-def _range(integers: torch.Tensor, ignored: int = 0) -> tuple[int, int]:
-    """Smallest and largest of 0, which is in every range here, and the values that are not ignored."""
-    return decided(integers.device, torch.float32).integer_range(integers, ignored)
-
-
-def _short(values: list[int]) -> str:
+def shortened(values: list[int]) -> str:
+    """A list of numbers as an error message shows it."""
     return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ...]"

@@ -1,4 +1,7 @@
-"""The autograd Function of the LM head: hidden, weight, bias → log-probability of each row's target."""
+"""The autograd Function of the LM head, and the same for a compiled step.
+
+hidden (rows, H), weight (V, H), bias (V,) → log-probability of each row's target; from there on loss/autograd.py
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import torch
 
 from ..loss.autograd import differentiable_once
 from . import ops as linear_ops
-from .plan import Call
+from .arguments import HeadArguments, HeadSettings
 
 
 class LinearTokenLogps(torch.autograd.Function):
@@ -24,18 +27,17 @@ class LinearTokenLogps(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         targets: torch.Tensor,
-        call: Call,
-        backend: str,
+        settings: HeadSettings,
     ) -> torch.Tensor:
         """(rows, H), (V, H), (V,) and (rows,) int64 → (rows,)."""
-        needs = tuple(call.grad and need for need in ctx.needs_input_grad[:3])
-        logps, *saved = linear_ops.forward(hidden, weight, bias, targets, needs, call, backend)
+        needs = tuple(settings.grad and need for need in ctx.needs_input_grad[:3])
+        logps, *saved = linear_ops.forward(hidden, weight, bias, targets, needs, settings)
         if not (needs[1] or needs[2]):
             # Backward will ask for shape and dtype only; what it saves must not keep a frozen head's inputs alive.
             ctx.save_for_backward(hidden.new_empty(()).expand(hidden.shape), None, None, None, *saved)
         else:
             ctx.save_for_backward(hidden, weight, bias, targets, *saved)
-        ctx.needs, ctx.call, ctx.backend = needs, call, backend
+        ctx.needs, ctx.settings = needs, settings
         return logps
 
     @staticmethod
@@ -46,41 +48,35 @@ class LinearTokenLogps(torch.autograd.Function):
             # Unless the graph is retained: a kept tile then goes when it has been used, and its memory to dW.
             ctx.maybe_clear_saved_tensors()
         grads = linear_ops.backward(
-            grad_logps, hidden, weight, bias, targets, index, right, saved, ctx.needs, ctx.call, ctx.backend
+            grad_logps, hidden, weight, bias, targets, index, right, saved, ctx.needs, ctx.settings
         )
-        return (*grads, None, None, None)
+        return (*grads, None, None)
 
 
 def _save_compiled(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
-    hidden, weight, bias, targets, needs, *call = inputs
+    hidden, weight, bias, targets, needs, *settings = inputs
     ctx.save_for_backward(hidden, weight, bias, targets, *output[1:])
-    ctx.needs, ctx.call = needs, call
+    ctx.needs, ctx.settings = needs, settings
 
 
 def _backward_compiled(ctx: Any, grads: list[torch.Tensor]) -> tuple[Any, ...]:
     hidden, weight, bias, targets, index, right, *saved = ctx.saved_tensors
     results = linear_ops.linear_token_logps_bwd(
-        grads[0], hidden, weight, bias, targets, index, right, saved, ctx.needs, *ctx.call
+        grads[0], hidden, weight, bias, targets, index, right, saved, ctx.needs, *ctx.settings
     )
     results = [grad if need else None for grad, need in zip(results, ctx.needs, strict=True)]
-    return (*results, None, None, *(None for _ in ctx.call))
+    return (*results, None, None, *(None for _ in ctx.settings))
 
 
 linear_ops.linear_token_logps_fwd.register_autograd(_backward_compiled, setup_context=_save_compiled)
 
 
 def linear_token_logps(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    call: Call,
-    backend: str,
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, arguments: HeadArguments
 ) -> torch.Tensor:
-    """:class:`LinearTokenLogps`, or under ``torch.compile`` the operators that do the same."""
+    """:class:`LinearTokenLogps`, or under ``torch.compile`` the operators that do the same: (rows,)."""
+    targets, settings = arguments.loss.rows.targets, arguments.settings
     if not torch.compiler.is_compiling():
-        return LinearTokenLogps.apply(hidden, weight, bias, targets, call, backend)
-    needs = [call.grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    return linear_ops.linear_token_logps_fwd(
-        hidden, weight, bias, targets, needs, *linear_ops.flat(call), backend
-    )[0]  # fmt: skip
+        return LinearTokenLogps.apply(hidden, weight, bias, targets, settings)
+    needs = [settings.grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    return linear_ops.linear_token_logps_fwd(hidden, weight, bias, targets, needs, *linear_ops.flat(settings))[0]

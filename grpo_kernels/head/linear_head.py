@@ -27,9 +27,9 @@ from typing import Any
 import torch
 
 from .. import distributed
-from ..backends import Backend
-from ..vocab.parallel import Odds, head_odds
-from .plan import Call, Plan, Tile, accumulation_dtype, make_plan, row_chunk_elements
+from .arguments import HeadSettings
+from .plan import Plan, Tile, accumulation_dtype, make_plan, row_chunk_elements
+from .target import TargetOdds, target_odds
 
 KEPT_SHIFT = 64
 """Kept exponentials are stored 2^-64 below the running top: a target's entry, -rest in the scale of the final top,
@@ -51,7 +51,7 @@ class Saved:
     kept_scale: Any = None
     """(kept tiles, rows) what a kept row must be multiplied with to be p, and p - 1 at the target."""
     kept: list[torch.Tensor] = field(default_factory=list)
-    """The kept tiles, (rows * words,) each; or (rows * kept_words,), one after the other (``Call.apart``)."""
+    """The kept tiles, (rows * words,) each, or all in one (``HeadSettings.separate_tiles``)."""
 
     @classmethod
     def of(cls, tensors: Sequence[Any]) -> Saved:
@@ -69,18 +69,17 @@ def token_logps_fwd(
     bias: torch.Tensor | None,
     targets: torch.Tensor,
     needs: Sequence[bool],
-    call: Call,
-    backend: Backend,
+    settings: HeadSettings,
 ) -> tuple[Any, ...]:
     """(rows, H), (V, H), (V,), (rows,) → log-probabilities (rows,), 0 where ignored; and what backward needs.
 
     That is ``index`` of the labelled rows, ``right`` (whether ``num_labelled`` was; None where it was not told), and
     the tensors of :class:`Saved`.
     """
-    index, right = _labelled_rows(targets, call.ignore_index, call.num_labelled)
-    plan = _plan_of(hidden, weight, index, needs, call)
-    x, words = hidden[index].to(plan.dtype), _local(targets[index], call)
-    found, saved = _sweep(x, weight, bias, words, targets.shape[0], plan, call, backend)
+    index, right = _labelled_rows(targets, settings.ignore_index, settings.num_labelled)
+    plan = _plan_of(hidden, weight, index, needs, settings)
+    x, words = hidden[index].to(plan.dtype), _local(targets[index], settings)
+    found, saved = _sweep(x, weight, bias, words, targets.shape[0], plan, settings)
     if right is not None:
         found.masked_fill_(~right, torch.nan)
     logps = torch.zeros(targets.shape, dtype=found.dtype, device=found.device).index_copy_(0, index, found)
@@ -96,15 +95,15 @@ def hidden_gradient(
     index: torch.Tensor,
     shape: torch.Size,
     dtype: torch.dtype,
-    call: Call,
+    settings: HeadSettings,
 ) -> torch.Tensor:
     """``dh[index] = c * unit_grad`` and 0 elsewhere, a few rows at a time; summed over ranks before it is rounded."""
     grad_hidden = torch.zeros(shape, dtype=dtype, device=unit_grad.device)
-    elements = row_chunk_elements(shape[-1], call.dtype, unit_grad.device, shared=call.shard is not None)
+    elements = row_chunk_elements(shape[-1], settings.dtype, unit_grad.device, shared=settings.shard is not None)
     for part in _row_chunks(unit_grad, elements):
         rows = unit_grad[part] * grad_logps[part].unsqueeze(1)
-        if call.shard is not None:
-            distributed.all_reduce_sum_(rows, distributed.group_named(call.shard.group))
+        if settings.shard is not None:
+            distributed.all_reduce_sum_(rows, distributed.group_named(settings.shard.group))
         grad_hidden.index_copy_(0, index[part], rows.to(dtype))
     return grad_hidden
 
@@ -118,17 +117,16 @@ def weight_gradient(
     index: torch.Tensor,
     saved: Saved,
     needs: Sequence[bool],
-    call: Call,
-    backend: Backend,
+    settings: HeadSettings,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(labelled rows,) gradients of the log-probabilities → gradients of weight and bias, as ``needs`` asks for."""
-    plan = _plan_of(hidden, weight, index, needs, call)
-    x, targets = hidden[index].to(plan.dtype), _local(targets[index], call)
+    plan = _plan_of(hidden, weight, index, needs, settings)
+    x, targets = hidden[index].to(plan.dtype), _local(targets[index], settings)
     accumulate = accumulation_dtype(plan.dtype)
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
     grad_bias = torch.empty(plan.vocabulary, dtype=accumulate, device=x.device) if needs[2] else None
     work = _Workspace(plan, x.device)
-    c = grad_logps * call.logit_scale
+    c = grad_logps * settings.logit_scale
     scale, at_target = -c * saved.share, c * saved.miss
     tiles = plan.tiles()
     kept = _kept_tiles(saved.kept, tiles, plan.rows)
@@ -142,9 +140,9 @@ def weight_gradient(
             grads = work.exps(tile)
             logits = work.logits(tile, grads)
             work.gemm(x, w.t(), logits)
-            backend.head_tile_bwd(
+            settings.backend.head_tile_bwd(
                 logits, b, targets, saved.top, scale, at_target, grads,
-                start=tile.start, softcap=call.softcap, logit_scale=call.logit_scale,
+                start=tile.start, softcap=settings.softcap, logit_scale=settings.logit_scale,
             )  # fmt: skip
         else:
             # dW = E^T (diag(c) h): the factor of a row goes to h, which is narrower than the tile.
@@ -176,16 +174,16 @@ def _labelled_rows(
     return index, labelled.sum() == num_labelled
 
 
-def _local(targets: torch.Tensor, call: Call) -> torch.Tensor:
+def _local(targets: torch.Tensor, settings: HeadSettings) -> torch.Tensor:
     """Targets that count from this rank's first word; those of other ranks are no word of its tiles."""
-    return targets if call.shard is None else targets - call.shard.start
+    return targets if settings.shard is None else targets - settings.shard.start
 
 
 def _plan_of(
-    hidden: torch.Tensor, weight: torch.Tensor, index: torch.Tensor, needs: Sequence[bool], call: Call
+    hidden: torch.Tensor, weight: torch.Tensor, index: torch.Tensor, needs: Sequence[bool], settings: HeadSettings
 ) -> Plan:
     return make_plan(
-        index.shape[0], hidden.shape[1], weight.shape[0], call.dtype, hidden.device, call.memory_budget,
+        index.shape[0], hidden.shape[1], weight.shape[0], settings.dtype, hidden.device, settings.memory_budget,
         grad_hidden=needs[0], grad_weight=needs[1] or needs[2],
     )  # fmt: skip
 
@@ -197,8 +195,7 @@ def _sweep(
     targets: torch.Tensor,
     all_rows: int,
     plan: Plan,
-    call: Call,
-    backend: Backend,
+    settings: HeadSettings,
 ) -> tuple[torch.Tensor, Saved]:
     """Labelled rows only: (rows, H) → (rows,) log-probabilities, and what backward needs."""
     device, tiles = x.device, plan.tiles()
@@ -216,7 +213,7 @@ def _sweep(
         part = torch.empty(plan.rows, plan.hidden, dtype=work.gemm_dtype, device=device)
     kept_tiles = [tile for tile in tiles if tile.kept]
     sizes = [plan.rows * (tile.stop - tile.start) for tile in kept_tiles]
-    if not call.apart:
+    if not settings.separate_tiles:
         sizes = [sum(sizes)] if sizes else []
     kept = [torch.empty(size, dtype=plan.dtype, device=device) for size in sizes]
     views = _kept_tiles(kept, tiles, plan.rows)
@@ -229,9 +226,9 @@ def _sweep(
             exps = work.exps(tile)
         logits = work.logits(tile, exps)
         work.gemm(x, w.t(), logits)
-        backend.head_tile_fwd(
-            logits, b, targets, top, rest, picked, factor, exps, start=tile.start, softcap=call.softcap,
-            logit_scale=call.logit_scale, shift=KEPT_SHIFT if tile.kept else 0,
+        settings.backend.head_tile_fwd(
+            logits, b, targets, top, rest, picked, factor, exps, start=tile.start, softcap=settings.softcap,
+            logit_scale=settings.logit_scale, shift=KEPT_SHIFT if tile.kept else 0,
         )  # fmt: skip
         if total is not None:
             work.gemm(exps, w, part)
@@ -243,21 +240,23 @@ def _sweep(
     del work, part
     # As in torch.log_softmax: -inf at the target is a probability of 0, +inf is no number.
     picked.masked_fill_(picked == torch.inf, torch.nan)
-    odds, miss, share = _odds(top, rest, picked, targets, all_rows, bias is not None, plan, call)
-    logps = torch.nn.functional.logsigmoid(-odds.against).to(accumulate)
+    odds, miss, share = _odds(top, rest, picked, targets, all_rows, bias is not None, plan, settings)
+    logps = torch.nn.functional.logsigmoid(-odds.log_odds).to(accumulate)
     if total is not None:
         scale = share * 2.0**KEPT_SHIFT if kept else share
-        _finish_unit_grad(total, weight, targets, odds.picked, miss, scale, plan, call)
+        _finish_unit_grad(total, weight, targets, odds.target_logit, miss, scale, plan, settings)
     if not plan.grad_weight:
         return logps, Saved(total)
     kept_scale = None
     if kept:
         kept_scale = torch.stack(tops).sub_(top)
-        if odds.behind is not None:  # in the scale of all ranks' sum, where that is 1 and its share 1 - p[y]
-            kept_scale.add_(odds.behind)
-            _finish_kept(views, kept_tiles, kept_scale, targets, odds.picked, torch.ones_like(rest), miss, call)
+        if odds.log_scale is not None:  # in the scale of all ranks' sum, where that is 1 and its share 1 - p[y]
+            kept_scale.add_(odds.log_scale)
+            _finish_kept(
+                views, kept_tiles, kept_scale, targets, odds.target_logit, torch.ones_like(rest), miss, settings
+            )
         else:
-            _finish_kept(views, kept_tiles, kept_scale, targets, picked, rest, share, call)
+            _finish_kept(views, kept_tiles, kept_scale, targets, picked, rest, share, settings)
     return logps, Saved(total, top.clone(), share, miss, kept_scale, kept)
 
 
@@ -269,17 +268,17 @@ def _odds(
     all_rows: int,
     biased: bool,
     plan: Plan,
-    call: Call,
-) -> tuple[Odds, torch.Tensor, torch.Tensor]:
+    settings: HeadSettings,
+) -> tuple[TargetOdds, torch.Tensor, torch.Tensor]:
     """What all words, of all ranks, say of each row: the odds against its target, 1 - p[y], and share."""
-    if call.shard is None:
+    if settings.shard is None:
         against = rest.log().add_(top).sub_(picked)
         miss = against.sigmoid()
-        return Odds(against, picked, None), miss, (miss / rest).masked_fill_(rest == 0, 0)
-    odds = head_odds(top, rest, picked, targets, all_rows, biased, plan, call)
-    miss = odds.against.sigmoid()
-    share = miss * odds.behind.exp()
-    rounded = Odds(odds.against, odds.picked.to(top.dtype), odds.behind.to(top.dtype))
+        return TargetOdds(against, picked, None), miss, (miss / rest).masked_fill_(rest == 0, 0)
+    odds = target_odds(top, rest, picked, targets, all_rows, biased, plan, settings)
+    miss = odds.log_odds.sigmoid()
+    share = miss * odds.log_scale.exp()
+    rounded = TargetOdds(odds.log_odds, odds.target_logit.to(top.dtype), odds.log_scale.to(top.dtype))
     return rounded, miss.to(top.dtype), share.to(top.dtype)
 
 
@@ -335,14 +334,14 @@ def _finish_unit_grad(
     miss: torch.Tensor,
     share: torch.Tensor,
     plan: Plan,
-    call: Call,
+    settings: HeadSettings,
 ) -> None:
     """In place: sum_v e[v] d[v] W[v] → d logp / dh = (1 - p[y]) d[y] W[y] - share * sum, times logit_scale."""
     if not plan.vocabulary:  # more ranks than words
         return
     inside = (targets >= 0) & (targets < plan.vocabulary)
-    at_target = (miss * _slope_at(picked, call) * call.logit_scale).masked_fill_(~inside, 0)
-    others = share * -call.logit_scale
+    at_target = (miss * _slope_at(picked, settings) * settings.logit_scale).masked_fill_(~inside, 0)
+    others = share * -settings.logit_scale
     safe = targets.clamp(0, plan.vocabulary - 1)
     for part in _row_chunks(total, plan.row_chunk):
         rows = weight.index_select(0, safe[part]).to(plan.dtype).to(total.dtype)
@@ -357,7 +356,7 @@ def _finish_kept(
     picked: torch.Tensor,
     rest: torch.Tensor,
     share: torch.Tensor,
-    call: Call,
+    settings: HeadSettings,
 ) -> None:
     """Write each target's entry into its kept tile; turn ``drop``, in place, into the scale of each kept row.
 
@@ -374,16 +373,16 @@ def _finish_kept(
         index = targets - tile.start
         inside = (index >= 0) & (index < words)
         below.copy_(torch.where(inside, below.clamp(min=-room), below))
-        entry = -rest * _slope_at(picked, call) * torch.exp(-below) * 2.0**-KEPT_SHIFT
+        entry = -rest * _slope_at(picked, settings) * torch.exp(-below) * 2.0**-KEPT_SHIFT
         # By the place in memory: scatter_ along rows would copy the tile.
         place = rows * words + torch.where(inside, index, 0)
         exps.index_copy_(0, place, torch.where(inside, entry.to(exps.dtype), exps[place]))
     drop.exp_().mul_(share * 2.0**KEPT_SHIFT)
 
 
-def _slope_at(picked: torch.Tensor, call: Call) -> torch.Tensor | float:
+def _slope_at(picked: torch.Tensor, settings: HeadSettings) -> torch.Tensor | float:
     """1 - (z / softcap)^2: what the cap leaves of a change."""
-    return 1 - (picked / call.softcap).square() if call.softcap else 1.0
+    return 1 - (picked / settings.softcap).square() if settings.softcap else 1.0
 
 
 def _mm_into(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The head's forward and backward by the name of a backend, and the two again as operators for ``torch.compile``.
+"""The head's forward and backward, and the two again as operators for ``torch.compile``.
 
 How many rows are labelled, and so the shape of almost everything that forward hands to backward, is known only when
 it runs.  The compiler therefore sees two opaque operators whose outputs have sizes of their own; ``autograd.py`` ties
@@ -9,44 +9,24 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ..backends import Backend, choose
-from ..types import UnavailableBackendError
+from ..loss.ops import OperatorBackend
 from ..vocab.shards import Shard
 from . import linear_head
-from .plan import Call, accumulation_dtype
-
-
-def tile_backend(name: str, device: torch.device, dtype: torch.dtype, *, may_prove: bool = True) -> Backend:
-    """The backend that will run the tile operations; plain PyTorch under "auto" where the first choice has none."""
-    chosen = choose(name, device, dtype, may_prove=may_prove)
-    if hasattr(chosen, "head_tile_fwd"):
-        return chosen
-    if name != "auto":
-        raise UnavailableBackendError(f"backend={name!r} cannot be used here: it has no tile operations for the head")
-    return choose("torch", device, dtype)
+from .arguments import HeadSettings, tile_backend
+from .plan import accumulation_dtype
 
 
 def forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    needs: Sequence[bool],
-    call: Call,
-    backend: str,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, needs: Sequence[bool], settings: HeadSettings
 ) -> tuple[Any, ...]:
-    """As :func:`linear_head.token_logps_fwd`, by the name of the backend.
-
-    An operator's call (``call.apart`` is False) is inside a compiled region, where nothing is proven.
-    """
-    with torch.autocast(hidden.device.type, enabled=False):  # call.dtype has heard it already
-        chosen = tile_backend(backend, hidden.device, call.dtype, may_prove=call.apart)
-        return linear_head.token_logps_fwd(hidden, weight, bias, targets, needs, call, chosen)
+    """As :func:`linear_head.token_logps_fwd`, with autocast off: ``settings.dtype`` is what it asked for."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return linear_head.token_logps_fwd(hidden, weight, bias, targets, needs, settings)
 
 
 def backward(
@@ -59,8 +39,7 @@ def backward(
     right: Tensor | None,
     saved: list[Any],
     needs: Sequence[bool],
-    call: Call,
-    backend: str,
+    settings: HeadSettings,
 ) -> tuple[Any, ...]:
     """Gradients of hidden, weight and bias, None where they are not needed.
 
@@ -71,16 +50,13 @@ def backward(
         if right is not None:
             c = c.masked_fill(~right, torch.nan)
         fields = linear_head.Saved.of(saved)
-        saved.clear()  # `fields` alone lets them go
+        saved.clear()  # so that `fields` alone keeps them, and frees each after its use
         grads: list[Any] = [None, None, None]
         if needs[0]:
-            grads[0] = linear_head.hidden_gradient(c, fields.unit_grad, index, hidden.shape, hidden.dtype, call)
+            grads[0] = linear_head.hidden_gradient(c, fields.unit_grad, index, hidden.shape, hidden.dtype, settings)
             fields.unit_grad = None
         if needs[1] or needs[2]:
-            chosen = tile_backend(backend, hidden.device, call.dtype, may_prove=call.apart)
-            grads[1:] = linear_head.weight_gradient(
-                c, hidden, weight, bias, targets, index, fields, needs, call, chosen
-            )
+            grads[1:] = linear_head.weight_gradient(c, hidden, weight, bias, targets, index, fields, needs, settings)
         return tuple(grads)
 
 
@@ -88,15 +64,17 @@ _WHOLE = Shard("", 0)
 """Stands for None in a schema: no group has this name."""
 
 
-def flat(call: Call) -> tuple[Any, ...]:
-    """The call in types that a schema knows; a budget is bytes, a share or a word."""
+def flat(settings: HeadSettings) -> tuple[Any, ...]:
+    """The settings in types that a schema knows; a budget is bytes, a fraction or "auto", a backend its name."""
+    backend = cast(OperatorBackend, settings.backend)  # as it is under torch.compile
     return (
-        call.dtype, call.ignore_index, call.num_labelled, repr(call.memory_budget), call.softcap, call.logit_scale,
-        call.grad, *(call.shard or _WHOLE),
+        settings.dtype, settings.ignore_index, settings.num_labelled, repr(settings.memory_budget), settings.softcap,
+        settings.logit_scale, settings.grad, *(settings.shard or _WHOLE), backend.name,
     )  # fmt: skip
 
 
-def _call(
+def _settings(
+    device: torch.device,
     dtype: torch.dtype,
     ignore_index: int,
     num_labelled: int | None,
@@ -104,11 +82,17 @@ def _call(
     softcap: float,
     logit_scale: float,
     grad: bool,
-    *shard: Any,
-) -> Call:
-    budget = ast.literal_eval(memory_budget)
-    whose = Shard(*shard) if shard[0] else None
-    return Call(dtype, ignore_index, num_labelled, budget, softcap, logit_scale, grad, whose, apart=False)
+    group: str,
+    start: int,
+    vocabulary: int,
+    backend: str,
+) -> HeadSettings:
+    """From :func:`flat`.  Inside a compiled region nothing is proven."""
+    shard = Shard(group, start, vocabulary) if group else None
+    budget, chosen = ast.literal_eval(memory_budget), tile_backend(backend, device, dtype, may_prove=False)
+    return HeadSettings(
+        dtype, ignore_index, num_labelled, budget, softcap, logit_scale, grad, shard, chosen, separate_tiles=False
+    )
 
 
 def _nothing(like: Tensor) -> Tensor:
@@ -135,10 +119,11 @@ def linear_token_logps_fwd(
     vocabulary: int,
     backend: str,
 ) -> list[Tensor]:
-    call = _call(
-        dtype, ignore_index, num_labelled, memory_budget, softcap, logit_scale, grad, group, start, vocabulary
+    settings = _settings(
+        hidden.device, dtype, ignore_index, num_labelled, memory_budget, softcap, logit_scale, grad, group, start,
+        vocabulary, backend,
     )  # fmt: skip
-    found = forward(hidden, weight, bias, targets, needs, call, backend)
+    found = forward(hidden, weight, bias, targets, needs, settings)
     logps, index, right, unit_grad, top, share, miss, kept_scale, *kept = found
     if kept_scale is None and (needs[1] or needs[2]):
         kept_scale = logps.new_empty(0, index.shape[0])  # no tile was kept, of as many rows
@@ -187,14 +172,15 @@ def linear_token_logps_bwd(
     vocabulary: int,
     backend: str,
 ) -> list[Tensor]:
-    call = _call(
-        dtype, ignore_index, num_labelled, memory_budget, softcap, logit_scale, grad, group, start, vocabulary
+    settings = _settings(
+        hidden.device, dtype, ignore_index, num_labelled, memory_budget, softcap, logit_scale, grad, group, start,
+        vocabulary, backend,
     )  # fmt: skip
     told = None if num_labelled is None else right
     *fields, kept_scale, kept = saved
     tiles = [kept] if kept_scale.shape[0] else []
     grads = backward(
-        grad_logps, hidden, weight, bias, targets, index, told, [*fields, kept_scale, *tiles], needs, call, backend
+        grad_logps, hidden, weight, bias, targets, index, told, [*fields, kept_scale, *tiles], needs, settings
     )
     return [_nothing(hidden) if result is None else result for result in grads]
 

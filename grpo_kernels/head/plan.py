@@ -13,11 +13,9 @@ import functools
 import logging
 import os
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-
-from ..vocab.shards import Shard
 
 _log = logging.getLogger(__name__)
 _logged: set[tuple[object, ...]] = set()
@@ -37,25 +35,6 @@ _LEAST_WORDS, _MOST_WORDS = 512, 16384
 _MOST_WORDS_FLOAT16 = 1024
 """On CPU, where a float16 GEMM answers in float16: so many exponentials, each 1 in a flat row, times weights up to 64
 stay below its largest number, 65504."""
-
-
-class Call(NamedTuple):
-    """What one call was asked for, besides its tensors."""
-
-    dtype: torch.dtype
-    """In which the GEMMs run."""
-    ignore_index: int
-    num_labelled: int | None
-    memory_budget: int | float | str
-    softcap: float
-    """0 stands for none."""
-    logit_scale: float
-    grad: bool
-    """Whether gradients are recorded at all."""
-    shard: Shard | None = None
-    """Whose words the weight's rows are, where ranks share the vocabulary."""
-    apart: bool = True
-    """Kept tiles in a tensor each, which backward lets go one by one; an operator has to return one for all."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,14 @@
-"""The autograd Functions, and the only file that knows ``ctx``.
+"""The autograd Functions of the loss; each saves, computes, and returns, and no other file here knows ``ctx``.
 
-Two of them make the loss.  ``TokenLogps`` is the vocabulary: one read forward, one read and write backward.
-``PreferenceLoss`` is the way back from the loss to the token log-probabilities, whoever made them.  Between the two
-backward passes one number a row: ``c_t``, in which the slopes, the group weights and whatever else was added to the
-log-probabilities have already met.  ``FusedLoss`` is both at once.
+    TokenLogps       logits → p_t                               one read forward; one read and one write backward
+    SequenceSum      p_t → log pi of each sequence
+    PreferenceLoss   p_t, whoever made them → loss, log pi      backward: one number a row, c_t
+    FusedLoss        logits → loss, log pi                      TokenLogps and PreferenceLoss in one node
+
+In ``c_t`` the slopes, the group weights and whatever else was added to the log-probabilities have already met, so the
+vocabulary has one backward, whatever the loss:
+
+    c_t = ± (1/B) w_i s_i [/ max(length_i, 1)] + the gradient of log pi,   dloss/dz[t, :] = c_t (onehot(y_t) - softmax)
 """
 
 from __future__ import annotations
@@ -14,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..backends import Backend
+from .arguments import LossArguments, Rows
+from .pairs import PairLosses
 
 
 def differentiable_once(backward: Any) -> Any:
@@ -34,67 +40,44 @@ def differentiable_once(backward: Any) -> Any:
     return wrapper
 
 
-_Options = tuple[int, bool, Backend]
-"""ignore_index, whether to overwrite the logits, and who does the work."""
-
-
 class TokenLogps(torch.autograd.Function):
     """logits → log-probability of each row's target; saves logits, targets and (rows,) lse."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, ignore_index: int, overwrite: bool, backend: Backend
-    ) -> torch.Tensor:
-        """(2B, T, V) or (rows, V), and (rows,) int64 → (rows,)."""
-        logps, lse = logps_and_lse(logits, targets, ignore_index, backend)
-        ctx.save_for_backward(logits, targets, lse)
-        ctx.options = ignore_index, overwrite, backend
+    def forward(ctx: Any, logits: torch.Tensor, arguments: LossArguments) -> torch.Tensor:
+        """(2B, T, V) or (rows, V) → (rows,)."""
+        logps, lse = logps_and_lse(logits, arguments)
+        ctx.save_for_backward(logits, arguments.rows.targets, lse)
+        _keep_settings(ctx, arguments)
         return logps
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_logps: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _logits_gradient(grad_logps, *ctx.saved_tensors, *ctx.options), None, None, None, None
-
-
-class Weighted(NamedTuple):
-    """What the tail and the alpha step have made of token log-probabilities: what a loss and its gradient need."""
-
-    loss: torch.Tensor
-    """() ``(1/B) sum_i w_i l_i``."""
-    policy_logps: torch.Tensor
-    """(2B,) sums over tokens."""
-    weights: torch.Tensor
-    """(B,) w of each pair's group."""
-    slopes: torch.Tensor
-    """(B,) s_i."""
-    lengths: torch.Tensor | None
-    """(2B,) float64, where it normalises."""
-    cu_seqlens: torch.Tensor | None
+        logits, targets, lse = ctx.saved_tensors
+        return _logits_gradient(ctx, grad_logps, logits, targets, lse), None
 
 
 class PreferenceLoss(torch.autograd.Function):
-    """Token log-probabilities → (loss, policy_logps), both of which carry gradients.
-
-        dloss/dp_t = ± (1/B) w_i s_i [/ max(length_i, 1)]
-
-    Takes one tuple instead of many tensors, since autograd looks at every argument of a Function.
-    """
+    """Token log-probabilities → (loss, policy_logps), both of which carry gradients."""
 
     @staticmethod
-    def forward(ctx: Any, token_logps: torch.Tensor, pairs: Weighted) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.save_for_backward(*pairs[2:])
-        ctx.rows = token_logps.shape[0]
+    def forward(
+        ctx: Any, token_logps: torch.Tensor, losses: PairLosses, rows: Rows
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(losses.slopes, losses.weights, losses.lengths, rows.cu_seqlens)
+        ctx.num_rows = rows.num_rows
         ctx.set_materialize_grads(False)
         # Detached, because an input that is handed back would be taken for a view.
-        return pairs.loss.detach(), pairs.policy_logps.detach()
+        return losses.loss.detach(), losses.policy_logps.detach()
 
     @staticmethod
     @differentiable_once
     def backward(
         ctx: Any, grad_loss: torch.Tensor | None, grad_policy_logps: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        return _rows_gradient(grad_loss, grad_policy_logps, ctx.rows, *ctx.saved_tensors), None
+        slopes = Slopes(*ctx.saved_tensors)
+        return slopes.row_coefficients(grad_loss, grad_policy_logps, ctx.num_rows), None, None
 
 
 class FusedLoss(torch.autograd.Function):
@@ -105,37 +88,39 @@ class FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, rows: tuple[torch.Tensor, torch.Tensor], options: _Options, pairs: Weighted
+        ctx: Any, logits: torch.Tensor, lse: torch.Tensor, losses: PairLosses, arguments: LossArguments
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``rows`` are targets and lse."""
-        ctx.save_for_backward(logits, *rows, *pairs[2:])
-        ctx.options = options
+        rows = arguments.rows
+        ctx.save_for_backward(logits, rows.targets, lse, losses.slopes, losses.weights, losses.lengths, rows.cu_seqlens)
+        _keep_settings(ctx, arguments)
         ctx.set_materialize_grads(False)
-        return pairs.loss.detach(), pairs.policy_logps.detach()
+        return losses.loss.detach(), losses.policy_logps.detach()
 
     @staticmethod
     @differentiable_once
     def backward(
         ctx: Any, grad_loss: torch.Tensor | None, grad_policy_logps: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        logits, targets, lse, *pairs = ctx.saved_tensors
-        grad = _rows_gradient(grad_loss, grad_policy_logps, targets.shape[0], *pairs)
+        logits, targets, lse, *slopes = ctx.saved_tensors
+        grad = Slopes(*slopes).row_coefficients(grad_loss, grad_policy_logps, targets.shape[0])
         if grad is not None:
-            grad = _logits_gradient(grad, logits, targets, lse, *ctx.options)
+            grad = _logits_gradient(ctx, grad, logits, targets, lse)
         return grad, None, None, None
 
 
 class SequenceSum(torch.autograd.Function):
-    """(rows,) → (2B,) sums over each sequence, taken in float64 in a fixed order."""
+    """(rows,) → (sequences,) sums over each sequence, taken in float64 in a fixed order."""
 
     @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, cu_seqlens: torch.Tensor | None, sequences: int) -> torch.Tensor:
-        ctx.save_for_backward(cu_seqlens)
-        ctx.rows = values.shape[0]
-        if cu_seqlens is None:
-            sums = values.view(sequences, ctx.rows // max(sequences, 1)).sum(dim=1, dtype=torch.float64)
+    def forward(ctx: Any, values: torch.Tensor, rows: Rows) -> torch.Tensor:
+        ctx.save_for_backward(rows.cu_seqlens)
+        ctx.num_rows = rows.num_rows
+        if rows.cu_seqlens is None:
+            length = rows.num_rows // max(rows.num_sequences, 1)
+            sums = values.view(rows.num_sequences, length).sum(dim=1, dtype=torch.float64)
         else:
-            edges = cu_seqlens.long().clamp(0, ctx.rows)  # a wrong boundary may give a wrong sum, never a stray read
+            # A wrong boundary may give a wrong sum, never a stray read.
+            edges = rows.cu_seqlens.long().clamp(0, rows.num_rows)
             sums = torch.segment_reduce(values.double(), "sum", offsets=edges, initial=0, unsafe=True)
         return sums.to(values.dtype)
 
@@ -143,72 +128,78 @@ class SequenceSum(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (cu_seqlens,) = ctx.saved_tensors
-        return _expand(grad, cu_seqlens, ctx.rows), None, None
+        return _expand(grad, cu_seqlens, ctx.num_rows), None
 
 
-def logps_and_lse(
-    logits: torch.Tensor, targets: torch.Tensor, ignore_index: int, backend: Backend
-) -> tuple[torch.Tensor, torch.Tensor]:
+def logps_and_lse(logits: torch.Tensor, arguments: LossArguments) -> tuple[torch.Tensor, torch.Tensor]:
     """(rows,) log-probability of each row's target and (rows,) logsumexp, outside of autograd."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    rows = targets.shape[0]
-    logps, lse = logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype)
-    backend.token_logps_fwd(_rows(logits), targets, logps, lse, ignore_index=ignore_index)
+    rows = arguments.rows
+    logps, lse = logits.new_empty(rows.num_rows, dtype=dtype), logits.new_empty(rows.num_rows, dtype=dtype)
+    arguments.backend.token_logps_fwd(_block(logits), rows.targets, logps, lse, ignore_index=rows.ignore_index)
     return logps, lse
 
 
+def _keep_settings(ctx: Any, arguments: LossArguments) -> None:
+    """What the gradient of the logits needs besides tensors; ``arguments`` itself would keep tensors alive."""
+    ctx.ignore_index = arguments.rows.ignore_index
+    ctx.overwrite_logits = arguments.overwrite_logits
+    ctx.backend = arguments.backend
+
+
 def _logits_gradient(
-    grad_logps: torch.Tensor,
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    lse: torch.Tensor,
-    ignore_index: int,
-    overwrite: bool,
-    backend: Backend,
+    ctx: Any, grad_logps: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor
 ) -> torch.Tensor:
+    """``grad_logps[t] (onehot(y_t) - softmax(z[t, :]))``, in new memory or over the logits."""
     logits = logits.detach()
-    grad = logits if overwrite else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    backend.token_logps_bwd(
-        _rows(logits), targets, lse, grad_logps.contiguous(), _rows(grad), ignore_index=ignore_index
+    grad = logits if ctx.overwrite_logits else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    ctx.backend.token_logps_bwd(
+        _block(logits), targets, lse, grad_logps.contiguous(), _block(grad), ignore_index=ctx.ignore_index
     )
-    if overwrite:
+    if ctx.overwrite_logits:
         # As after any in-place operation: whoever saved these logits, this node too, must not use them again.
         torch.autograd.graph.increment_version(logits)
     return grad
 
 
-def _rows_gradient(
-    grad_loss: torch.Tensor | None,
-    grad_policy_logps: torch.Tensor | None,
-    rows: int,
-    weights: torch.Tensor,
-    slopes: torch.Tensor,
-    lengths: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-) -> torch.Tensor | None:
-    """(rows,) c_t, from the gradients of the loss and of the sequences' log-probabilities."""
-    scale = None  # c of each sequence: (2B,), + for chosen, - for rejected
-    if grad_loss is not None:
-        scale = grad_loss / max(slopes.shape[0], 1) * weights * slopes
-        scale = torch.cat([scale, -scale])
-        if lengths is not None:
-            scale = scale / lengths.clamp(min=1).to(scale.dtype)
-    if grad_policy_logps is not None:
-        scale = grad_policy_logps if scale is None else scale + grad_policy_logps
-    return None if scale is None else _expand(scale, cu_seqlens, rows)
+class Slopes(NamedTuple):
+    """The saved tensors that lead from the gradient of the loss back to the rows, in the order they are saved in."""
+
+    slopes: torch.Tensor
+    """(B,) s_i."""
+    weights: torch.Tensor
+    """(B,) w_i of each pair's group."""
+    lengths: torch.Tensor | None
+    """(2B,) float64, where it normalises."""
+    cu_seqlens: torch.Tensor | None
+
+    def row_coefficients(
+        self, grad_loss: torch.Tensor | None, grad_policy_logps: torch.Tensor | None, num_rows: int
+    ) -> torch.Tensor | None:
+        """(rows,) c_t, from the gradients of the loss and of the sequences' log-probabilities."""
+        scale = None  # c of each sequence: (2B,), + for chosen, - for rejected
+        if grad_loss is not None:
+            scale = grad_loss / max(self.slopes.shape[0], 1) * self.weights * self.slopes
+            scale = torch.cat([scale, -scale])
+            if self.lengths is not None:
+                scale = scale / self.lengths.clamp(min=1).to(scale.dtype)
+        if grad_policy_logps is not None:
+            scale = grad_policy_logps if scale is None else scale + grad_policy_logps
+        return None if scale is None else _expand(scale, self.cu_seqlens, num_rows)
 
 
-def _expand(scale: torch.Tensor, cu_seqlens: torch.Tensor | None, rows: int) -> torch.Tensor:
+def _expand(scale: torch.Tensor, cu_seqlens: torch.Tensor | None, num_rows: int) -> torch.Tensor:
     """One number a sequence → one number a row."""
     if cu_seqlens is None:
         sequences = max(scale.shape[0], 1)
-        return scale.unsqueeze(1).expand(-1, rows // sequences).reshape(rows)
+        return scale.unsqueeze(1).expand(-1, num_rows // sequences).reshape(num_rows)
     # searchsorted and not repeat_interleave: rows past the last sequence need an answer, and no host sync.
     index = torch.searchsorted(
-        cu_seqlens[1:], torch.arange(rows, device=scale.device, dtype=cu_seqlens.dtype), right=True
+        cu_seqlens[1:], torch.arange(num_rows, device=scale.device, dtype=cu_seqlens.dtype), right=True
     )
     return torch.nn.functional.pad(scale, (0, 1))[index.clamp(max=scale.shape[0])]
 
 
-def _rows(logits: torch.Tensor) -> torch.Tensor:
+def _block(logits: torch.Tensor) -> torch.Tensor:
+    """Logits as backends take them: (sequences, T, V), packed ones as one sequence."""
     return logits if logits.dim() == 3 else logits.unsqueeze(0)

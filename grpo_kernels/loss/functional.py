@@ -1,4 +1,4 @@
-"""The public functions: each checks its arguments, then applies what ``autograd.py`` holds.
+"""The public functions from logits and from log-probabilities: each reads its arguments once, then applies autograd.
 
 Equations, once (docs/math.md derives them); B pairs are 2B sequences, the B chosen first:
 
@@ -8,33 +8,15 @@ Equations, once (docs/math.md derives them); B pairs are 2B sequences, the B cho
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from ..arguments import (
-    check_flag,
-    check_group_ids,
-    check_ignore_index,
-    check_labels_in_range,
-    check_lengths,
-    check_logits,
-    check_loss_settings,
-    check_overwrite,
-    check_pairs,
-    check_sums,
-    check_untransformed,
-    describe,
-    is_dense,
-)
-from ..backends import Backend
 from ..groups.weights import GroupWeights
-from ..types import IGNORE_INDEX, LOSS_TYPES, GroupLossOutput, LossType
-from ..vocab.parallel import sharded
-from ..vocab.shards import refusing_together, shard_of_logits
-from .autograd import FusedLoss, PreferenceLoss, SequenceSum, TokenLogps, Weighted, logps_and_lse
-from .ops import pick
+from ..types import IGNORE_INDEX, GroupLossOutput, LossType
+from .arguments import GivenPairs, LossArguments
+from .autograd import FusedLoss, PreferenceLoss, SequenceSum, TokenLogps, logps_and_lse
+from .pairs import pair_losses
 
 
 def fused_grpo_loss(
@@ -94,32 +76,17 @@ def fused_grpo_loss(
 
     Source: Ramesh et al. 2024 (arXiv 2405.20304), equations 6 and 10 and Algorithm 1.
     """
-    given = logits
-    logits, shard = shard_of_logits(logits, tp_group, vocab_start)
-    with refusing_together(shard):
-        check_logits(logits, labels, cu_seqlens, sharded=shard is not None)
-        check_loss_settings(beta, loss_type, label_smoothing)
-        check_flag("length_normalize", length_normalize)
-        num_sequences = logits.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        check_pairs("logits" if cu_seqlens is None else "cu_seqlens", num_sequences)
-        arguments = _Pairs.check(num_sequences, logits.device, ref_logps, group_ids, group_weights, pair_weights)
-        vocabulary = logits.shape[-1] if shard is None else None
-        targets = _checked_targets(vocabulary, labels, ignore_index, shift, cu_seqlens)
-        check_overwrite(overwrite_logits, given, logits)
-        chosen = sharded(pick(backend, logits.device, logits.dtype), shard)
-    settings = {
-        "loss_type": LOSS_TYPES.index(loss_type),
-        "beta": float(beta),
-        "label_smoothing": float(label_smoothing),
-        "length_normalize": length_normalize,
-        "ignore_index": ignore_index,
-    }
-    logits = _last_stride_1(logits)
-    token_rows, lse = logps_and_lse(logits.detach(), targets, ignore_index, chosen)
-    moves = torch.is_grad_enabled() and logits.requires_grad
-    weighted, output = _weighted(token_rows, targets, cu_seqlens, None, arguments, settings, chosen, moves)
-    options = ignore_index, overwrite_logits, chosen
-    return output(*FusedLoss.apply(logits, (targets, lse), options, weighted))
+    logits, arguments = LossArguments.from_logits(
+        logits, labels,
+        GivenPairs(
+            ref_logps, group_ids, group_weights, beta, loss_type, label_smoothing, pair_weights, length_normalize
+        ),
+        ignore_index=ignore_index, shift=shift, cu_seqlens=cu_seqlens, overwrite_logits=overwrite_logits,
+        tp_group=tp_group, vocab_start=vocab_start, backend=backend,
+    )  # fmt: skip
+    token_rows, lse = logps_and_lse(logits.detach(), arguments)
+    losses = pair_losses(token_rows, arguments)
+    return losses.output(*FusedLoss.apply(logits, lse, losses, arguments))
 
 
 def preference_loss(
@@ -154,29 +121,11 @@ def preference_loss(
 
     Source: Ramesh et al. 2024 (arXiv 2405.20304), equations 6 and 10.
     """
-    if not is_dense(policy_logps) or policy_logps.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"policy_logps must be a float32 or float64 tensor, got {describe(policy_logps)}")
-    check_untransformed("policy_logps", policy_logps)
-    if policy_logps.dim() != 1:
-        raise ValueError(f"policy_logps must have shape (2B,), got {describe(policy_logps)}")
-    check_loss_settings(beta, loss_type, label_smoothing)
-    num_sequences, device = policy_logps.shape[0], policy_logps.device
-    check_pairs("policy_logps", num_sequences)
-    arguments = _Pairs.check(num_sequences, device, ref_logps, group_ids, group_weights, pair_weights)
-    if lengths is not None:
-        check_lengths(lengths, policy_logps.shape, device)
-    settings = {
-        "loss_type": LOSS_TYPES.index(loss_type),
-        "beta": float(beta),
-        "label_smoothing": float(label_smoothing),
-        "length_normalize": lengths is not None,
-        "ignore_index": IGNORE_INDEX,
-    }
-    # A copy, since backward looks at it and the caller's own may have changed by then.
-    divisors = None if lengths is None else lengths.to(torch.float64, copy=True)
-    chosen = pick(backend, device, policy_logps.dtype)
-    # A sequence of one token each: the sums below are the log-probabilities themselves.
-    return _tail(policy_logps.contiguous(), None, None, divisors, arguments, settings, chosen)
+    pairs = GivenPairs(
+        ref_logps, group_ids, group_weights, beta, loss_type, label_smoothing, pair_weights, lengths=lengths
+    )
+    policy_logps, arguments = LossArguments.from_logps(policy_logps, pairs, backend=backend)
+    return loss_of_token_logps(policy_logps, arguments)
 
 
 def token_logps(
@@ -207,11 +156,11 @@ def token_logps(
         TypeError, ValueError: naming the argument, the rule and what came, before anything is computed.
         UnavailableBackendError: the backend named cannot run here.
     """
-    rows, _ = _token_rows(
-        logits, labels, ignore_index, shift, cu_seqlens, overwrite_logits, tp_group, vocab_start, backend
-    )
-    # Row t-1 scored label t.  The last row of a sequence scored nothing and holds 0, so rolling cannot cross one.
-    return (rows.roll(1) if shift else rows).view(labels.shape)
+    logits, arguments = LossArguments.from_logits(
+        logits, labels, None, ignore_index=ignore_index, shift=shift, cu_seqlens=cu_seqlens,
+        overwrite_logits=overwrite_logits, tp_group=tp_group, vocab_start=vocab_start, backend=backend,
+    )  # fmt: skip
+    return arguments.rows.per_label(TokenLogps.apply(logits, arguments))
 
 
 def sequence_logps(
@@ -239,188 +188,14 @@ def sequence_logps(
     Raises:
         As :func:`token_logps`.
     """
-    rows, num_sequences = _token_rows(
-        logits, labels, ignore_index, shift, cu_seqlens, overwrite_logits, tp_group, vocab_start, backend
-    )
-    return SequenceSum.apply(rows, cu_seqlens, num_sequences)
-
-
-class _Pairs:
-    """The arguments that belong to pairs, checked and in the dtypes that backends take."""
-
-    __slots__ = ("group_ids", "group_weights", "pair_weights", "ref_logps")
-    group_ids: torch.Tensor
-    group_weights: Any
-    pair_weights: torch.Tensor | None
-    ref_logps: torch.Tensor | None
-
-    @classmethod
-    def check(
-        cls,
-        num_sequences: int,
-        device: torch.device,
-        ref_logps: Any,
-        group_ids: Any,
-        group_weights: Any,
-        pair_weights: Any,
-    ) -> _Pairs:
-        if isinstance(group_weights, GroupWeights):
-            num_groups, weights_device = group_weights.num_groups, group_weights.log_alpha.device
-        elif is_dense(group_weights) and group_weights.is_floating_point():
-            if group_weights.dim() != 1 or not group_weights.numel():
-                raise ValueError(f"group_weights must have shape (G,), G >= 1, got {describe(group_weights)}")
-            num_groups, weights_device = group_weights.shape[0], group_weights.device
-        else:
-            raise TypeError(
-                f"group_weights must be a GroupWeights or a (G,) floating tensor, got {describe(group_weights)}"
-            )
-        if weights_device != device:
-            raise ValueError(
-                f"group_weights must be on {device}, as the policy is, got {weights_device}; "
-                "move it with group_weights.to(device)"
-            )
-        self = cls()
-        check_group_ids(group_ids, num_sequences // 2, num_groups, device)
-        self.group_ids = _gapless(group_ids, torch.int64)
-        self.group_weights = group_weights
-        self.ref_logps = self.pair_weights = None
-        if ref_logps is not None:
-            check_sums("ref_logps", ref_logps, (num_sequences,), device)
-            self.ref_logps = _gapless(ref_logps, torch.float64)
-        if pair_weights is not None:
-            check_sums("pair_weights", pair_weights, (num_sequences // 2,), device)
-            self.pair_weights = _gapless(pair_weights, torch.float64)
-        return self
-
-
-def _token_rows(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    ignore_index: int,
-    shift: bool,
-    cu_seqlens: torch.Tensor | None,
-    overwrite_logits: bool,
-    tp_group: Any,
-    vocab_start: int | None,
-    backend: str,
-) -> tuple[torch.Tensor, int]:
-    """Checks; then the log-probability that each row of logits gives its target, and the number of sequences."""
-    given = logits
-    logits, shard = shard_of_logits(logits, tp_group, vocab_start)
-    with refusing_together(shard):
-        check_logits(logits, labels, cu_seqlens, sharded=shard is not None)
-        vocabulary = logits.shape[-1] if shard is None else None
-        targets = _checked_targets(vocabulary, labels, ignore_index, shift, cu_seqlens)
-        check_overwrite(overwrite_logits, given, logits)
-        chosen = sharded(pick(backend, logits.device, logits.dtype), shard)
-    rows = TokenLogps.apply(_last_stride_1(logits), targets, ignore_index, overwrite_logits, chosen)
-    return rows, logits.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
-def _checked_targets(
-    vocabulary: int | None, labels: torch.Tensor, ignore_index: int, shift: bool, cu_seqlens: torch.Tensor | None
-) -> torch.Tensor:
-    """(rows,) int64: the word that each row has to predict.  Shifting labels spares copying logits.
-
-    ``vocabulary`` is None where other ranks hold words: how many is known when they have said so.
-    """
-    check_flag("shift", shift)
-    check_ignore_index(ignore_index)
-    if vocabulary is not None:
-        check_labels_in_range(labels, vocabulary, ignore_index)
-    labels = _gapless(labels, torch.int64)
-    if not shift or not labels.numel():
-        return labels.view(-1)
-    if cu_seqlens is None:  # the first column goes, and one that predicts nothing comes behind the last
-        return torch.constant_pad_nd(labels, (-1, 1), ignore_index).view(-1)
-    targets = labels.roll(-1)
-    # An empty sequence at the front makes -1 of this, the last row of all, which predicts nothing either.
-    targets[cu_seqlens[1:].long() - 1] = ignore_index
-    return targets
-
-
-def _gapless(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor in this dtype and contiguous; itself where it is, which is quicker to see than to ask PyTorch for."""
-    return tensor if tensor.dtype is dtype and tensor.is_contiguous() else tensor.to(dtype).contiguous()
-
-
-def _last_stride_1(logits: torch.Tensor) -> torch.Tensor:
-    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
-
-
-def _tail(
-    token_rows: torch.Tensor,
-    targets: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    lengths: torch.Tensor | None,
-    pairs: _Pairs,
-    settings: dict[str, Any],
-    backend: Backend,
-) -> GroupLossOutput:
-    """From the log-probability of each row to the output."""
-    moves = torch.is_grad_enabled() and token_rows.requires_grad
-    weighted, output = _weighted(token_rows.detach(), targets, cu_seqlens, lengths, pairs, settings, backend, moves)
-    return output(*PreferenceLoss.apply(token_rows, weighted))
-
-
-def _weighted(
-    token_rows: torch.Tensor,
-    targets: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    lengths: torch.Tensor | None,
-    pairs: _Pairs,
-    settings: dict[str, Any],
-    backend: Backend,
-    may_move: bool,
-) -> tuple[Weighted, Callable[[torch.Tensor, torch.Tensor], GroupLossOutput]]:
-    """The tail and the alpha step, outside of autograd; and what makes the output of the two that come from it."""
-    group_weights, group_ids = pairs.group_weights, pairs.group_ids
-    is_module, num_pairs = isinstance(group_weights, GroupWeights), group_ids.shape[0]
-    num_groups = group_weights.num_groups if is_module else group_weights.shape[0]
-    policy_logps, rewards = token_rows.new_empty(2 * num_pairs), token_rows.new_empty(2 * num_pairs)
-    margins, losses = token_rows.new_empty(num_pairs), token_rows.new_empty(num_pairs)
-    slopes = token_rows.new_empty(num_pairs)
-    group_sums = token_rows.new_empty(num_groups, dtype=torch.float64)
-    group_counts = token_rows.new_empty(num_groups, dtype=torch.int64)
-    group_losses = token_rows.new_empty(num_groups)
-    if not settings["length_normalize"]:
-        targets = lengths = None  # nobody asks how long a sequence is
-    elif lengths is None:
-        lengths = token_rows.new_empty(2 * num_pairs, dtype=torch.float64)
-    if cu_seqlens is not None:
-        cu_seqlens = _gapless(cu_seqlens, torch.int32)
-    backend.preference_tail(
-        token_rows, targets, cu_seqlens, pairs.ref_logps, group_ids, pairs.pair_weights,
-        policy_logps, lengths, margins, rewards, losses, slopes, group_sums, group_counts, group_losses, **settings,
+    logits, arguments = LossArguments.from_logits(
+        logits, labels, None, ignore_index=ignore_index, shift=shift, cu_seqlens=cu_seqlens,
+        overwrite_logits=overwrite_logits, tp_group=tp_group, vocab_start=vocab_start, backend=backend,
     )  # fmt: skip
-    dtype = token_rows.dtype
-    if is_module:
-        if may_move and group_weights.moves and group_weights.training:
-            _refuse_recomputation()
-            group_weights.observe_and_step(group_sums, group_counts, losses)
-        alpha = group_weights.weights
-        weights, used = (alpha / group_weights.sampling_probs).to(dtype), alpha.to(dtype)
-    else:
-        weights = used = _gapless(group_weights.detach(), dtype)
-    pair_weights, loss = token_rows.new_empty(num_pairs), token_rows.new_empty(())
-    backend.robust_loss(losses, group_ids, weights, pair_weights, loss)
-
-    def output(loss: torch.Tensor, policy_logps: torch.Tensor) -> GroupLossOutput:
-        chosen, rejected = rewards.chunk(2)
-        return GroupLossOutput(loss, losses, margins, chosen, rejected, policy_logps, group_losses, group_counts, used)
-
-    return Weighted(loss, policy_logps, pair_weights, slopes, lengths, cu_seqlens), output
+    return SequenceSum.apply(TokenLogps.apply(logits, arguments), arguments.rows)
 
 
-def _refuse_recomputation() -> None:
-    """A checkpointed region runs twice; alpha would step twice, and the second loss would not be the first."""
-    if torch.compiler.is_compiling():
-        return
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    checkpointed = hooks is not None and "checkpoint" in getattr(hooks[0], "__qualname__", "")
-    if checkpointed or torch._C._current_graph_task_id() != -1:
-        raise RuntimeError(
-            "the loss with a moving GroupWeights was called inside a checkpointed region, where it would run twice and "
-            "alpha would step twice; checkpoint the model and call the loss outside, or checkpoint token_logps and "
-            "pass its sums to preference_loss"
-        )
+def loss_of_token_logps(token_logps: torch.Tensor, arguments: LossArguments) -> GroupLossOutput:
+    """The loss as a function of (rows,) token log-probabilities, whoever made them; not public."""
+    losses = pair_losses(token_logps.detach(), arguments)
+    return losses.output(*PreferenceLoss.apply(token_logps, losses, arguments.rows))

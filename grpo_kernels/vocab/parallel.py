@@ -9,7 +9,7 @@ and all take the same steps over what was gathered, in the order of ranks and in
 
     total = log sum_r exp(seen_r + base_r),   z[y] = base_r of the rank that holds y
     from logits   lse = total,  logp = z[y] - total
-    the head      log-odds against y = total - z[y]    (linear_head.py goes on from there)
+    the head      log-odds against y = total - z[y]    (head/target.py goes on from there)
 
 A logit is what it is in any dtype and the sum is near it, so that two float32 numbers lose nothing that one process
 has, however large the logits: an lse in float32 would be off by 5e-4 at 1e4.
@@ -19,48 +19,16 @@ A label on no rank is NaN, as a label out of range is everywhere, and on CPU an 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from .. import distributed
-from ..arguments import check_labels_in_range, values_are_readable
+from ..arguments import values_are_readable
 from ..backends import Backend
-from ..head.plan import Call, Plan
-from .shards import FUNCTIONS, Shard, Words, agree, dtype_number
-
-
-class Odds(NamedTuple):
-    """What all words of a row, whoever holds them, say of its target; (rows,) each."""
-
-    against: Tensor
-    """log((1 - p[y]) / p[y])."""
-    picked: Tensor
-    """z[y]."""
-    behind: Any
-    """top - log of the sum over all words but y: this rank's scale in that of all; None where it has all words."""
-
-
-def head_odds(
-    top: Tensor, rest: Tensor, picked: Tensor, targets: Tensor, all_rows: int, biased: bool, plan: Plan, call: Call
-) -> Odds:
-    """This rank's largest other logit, the sum seen from there, and z[y] where it holds y → the odds, in float64.
-
-    All (rows,), labelled rows out of ``all_rows``; ``targets`` count from this rank's first word.
-    """
-    shard = cast(Shard, call.shard)
-    base = torch.where((targets >= 0) & (targets < plan.vocabulary), picked, top)
-    seen = rest.log() + (top - _finite(base))
-    facts = {
-        "function": FUNCTIONS.index("from hidden states"), "rows": all_rows, "labelled rows": plan.rows,
-        "dtype": dtype_number(plan.dtype), "hidden size": plan.hidden, "gradient of hidden": plan.grad_hidden,
-        "bias": biased, "softcap": call.softcap, "logit_scale": call.logit_scale, "ignore_index": call.ignore_index,
-    }  # fmt: skip
-    total, picked = exchange(
-        torch.stack([base, seen]), targets + shard.start, plan.vocabulary, shard, call.ignore_index, facts
-    )
-    return Odds(total - picked, picked, (top.double() - total).masked_fill_(rest == 0, -torch.inf))
+from .labels import check_labels_in_range
+from .shards import Shard, Words, agree, dtype_number
 
 
 def exchange(
@@ -69,7 +37,7 @@ def exchange(
     """(2, rows) base and sum of this rank → (rows,) float64 ``total`` and z[y], the same bits on every rank.
 
     Raises:
-        ValueError: on every rank, where they disagree (:func:`vocab_shards.agree`), and on CPU where their labels
+        ValueError: on every rank, where they disagree (:func:`vocab.shards.agree`), and on CPU where their labels
             differ or one is on no rank.
     """
     ranges = agree(shard, words, facts)
@@ -93,12 +61,12 @@ def _combine(gathered: Tensor, targets: Tensor, ranges: list[Words]) -> tuple[Te
     total = torch.full(targets.shape, -torch.inf, dtype=torch.float64, device=targets.device)
     picked = torch.full_like(total, torch.nan)
     for (base, seen), words in zip(gathered.double(), ranges, strict=True):
-        total = torch.logaddexp(total, seen + _finite(base))
+        total = torch.logaddexp(total, seen + finite_base(base))
         picked = torch.where((targets >= words.start) & (targets < words.stop), base, picked)
     return total, picked
 
 
-def _finite(base: Tensor) -> Tensor:
+def finite_base(base: Tensor) -> Tensor:
     """Where to stand: a target that is impossible is no place to see a sum from."""
     return base.masked_fill(base == -torch.inf, 0)
 
