@@ -66,10 +66,20 @@ def exponentiated_step(
     """
     check_step(log_alpha, group_losses, group_lr, adjustment)
     rate, extra = (x if isinstance(x, torch.Tensor) else float(x) for x in (group_lr, adjustment))
+    return _stepped(log_alpha, group_losses, rate, extra)
+
+
+def _stepped(
+    log_alpha: torch.Tensor,
+    group_losses: torch.Tensor,
+    group_lr: float | torch.Tensor,
+    adjustment: float | torch.Tensor,
+) -> torch.Tensor:
+    """:func:`exponentiated_step` of arguments that are checked."""
     ascent = group_losses if group_losses.dtype is log_alpha.dtype else group_losses.to(log_alpha.dtype)
-    if isinstance(extra, torch.Tensor) or extra:
-        ascent = ascent + extra
-    moved = (log_alpha + rate * ascent).log_softmax(dim=-1)
+    if isinstance(adjustment, torch.Tensor) or adjustment:
+        ascent = ascent + adjustment
+    moved = (log_alpha + group_lr * ascent).log_softmax(dim=-1)
     return moved if moved.dtype is log_alpha.dtype else moved.to(log_alpha.dtype)
 
 
@@ -305,7 +315,7 @@ class GroupWeights(nn.Module):
             divisor, present = counts.clamp(min=1), counts > 0
         adjustment = self.adjustment * present if self.size_adjustment else 0.0
         log_alpha = self.log_alpha
-        moved = exponentiated_step(log_alpha, sums / divisor, self.group_lr, adjustment=adjustment)
+        moved = _stepped(log_alpha, sums / divisor, self.group_lr, adjustment)
         # No sum is finite that one NaN or infinity went into; those of the groups have gone into log alpha.
         check = total + moved.sum()
         if values_are_readable(log_alpha):  # a look costs less there than doing without

@@ -80,7 +80,7 @@ class HeadArguments(NamedTuple):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, HeadArguments]:
         """Of :func:`fused_linear_grpo_loss`, or without pairs of the functions for log-probabilities.
 
-        Returns (rows, H) hidden, and weight and bias as this rank holds them, too.
+        Returns (rows, H) hidden too, and weight and contiguous bias as this rank holds them.
         """
         hidden, weight, bias, shard = shard_of_weight(hidden, weight, bias, tp_group, vocab_start)
         with refusing_together(shard):
@@ -102,7 +102,8 @@ class HeadArguments(NamedTuple):
             of_tiles,
         )  # fmt: skip
         loss = LossArguments(rows, read_pairs, differentiable, False, of_pairs)
-        return hidden.reshape(-1, hidden.shape[-1]), weight, bias, cls(loss, settings)
+        hidden, bias = hidden.reshape(-1, hidden.shape[-1]), None if bias is None else bias.contiguous()
+        return hidden, weight, bias, cls(loss, settings)
 
 
 def tile_backend(name: str, device: torch.device, dtype: torch.dtype, *, may_prove: bool = True) -> Backend:
