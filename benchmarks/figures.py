@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import overhead
-from benchmarks.report import CURVES, Rows, curves_of, grouped, title_of
+from benchmarks.published import CURVES, Rows, curves_of, grouped, title_of
 from benchmarks.results import number
 from benchmarks.suite import OURS
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import statistics
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import overhead
-from benchmarks.results import KEY, RESULTS, number, read
+from benchmarks import figures, overhead
+from benchmarks.published import CURVES, Rows, curves_of, grouped, title_of
+from benchmarks.results import RESULTS, number, read
 from benchmarks.suite import COPIES, GEMMS, OURS
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +32,6 @@ TITLES = {
     "step": "A whole preference step",
     "overhead": "Host time of a call on tiny tensors",
 }
-CURVES = {"rows": "rows", "vocabulary": "V", "hidden": "H", "pairs": "B", "groups": "G"}
 README_CASES = (
     ("logps", "2048 x 32000", "forward + backward", "float32", "ours: cpu, in place",
      "2048 x 32000 logits to their gradient, float32, over the logits (`overwrite_logits=True`)"),
@@ -52,12 +52,8 @@ README_CASES = (
 )  # fmt: skip
 """(command, case, work, dtype, variant of ours, what the README calls it), of the wall clock."""
 
-Rows = list[dict[str, str]]
-
 
 def main(options: Namespace) -> int:
-    from benchmarks import figures
-
     results = load(options.results)
     FIGURES.mkdir(exist_ok=True)
     figures.draw_all(results, FIGURES)
@@ -128,19 +124,6 @@ def section(kind: str, command: str, rows: Rows) -> list[str]:
     if curves:
         parts.append(curve_table(curves))
     return parts
-
-
-def grouped(rows: Iterable[dict[str, str]]) -> dict[tuple[str, ...], Rows]:
-    """Rows that were timed in turns, by case, work, dtype and clock."""
-    groups: dict[tuple[str, ...], Rows] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in KEY), []).append(row)
-    return groups
-
-
-def title_of(key: tuple[str, ...]) -> str:
-    *what, clock = key
-    return ", ".join(what) + ("" if clock == "wall" else ", processor time of one thread")
 
 
 def provenance(command: str, rows: Rows) -> str:
@@ -247,16 +230,6 @@ def even(row: dict[str, str], ours: dict[str, str]) -> bool:
 
 
 # ---- curves
-
-
-def curves_of(rows: Rows) -> dict[tuple[str, str], dict[str, list[tuple[float, float]]]]:
-    """(what varies, work) → variant → (x, ms), in the order of x."""
-    found: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = {}
-    for row in rows:
-        if row["curve"] and row["ms"] and row["variant"] not in (*COPIES, GEMMS):
-            point = float(row[row["curve"]]), float(row["ms"])
-            found.setdefault((row["curve"], row["work"]), {}).setdefault(row["variant"], []).append(point)
-    return {key: {name: sorted(points) for name, points in curve.items()} for key, curve in found.items()}
 
 
 def curve_table(rows: Rows) -> str:

@@ -122,8 +122,10 @@ def check_integers(name: str, tensor: Any, shape: tuple[int, ...], device: torch
     check_device(name, tensor, device)
 
 
-def check_sums(name: str, tensor: Any, shape: tuple[int, ...], device: torch.device) -> None:
-    """float32 or float64 numbers of this shape that carry no gradient."""
+def read_sums(name: str, tensor: Any, size: int, device: torch.device) -> torch.Tensor | None:
+    """(size,) float64, from float32 or float64 numbers that carry no gradient; None stays."""
+    if tensor is None:
+        return None
     if not is_dense(tensor):
         raise TypeError(f"{name} must be a tensor or None, got {describe(tensor)}")
     if tensor.dtype not in (torch.float32, torch.float64):
@@ -131,24 +133,28 @@ def check_sums(name: str, tensor: Any, shape: tuple[int, ...], device: torch.dev
             f"{name} must be float32 or float64 (a sum over tokens in half precision is off by up to a nat), "
             f"got {describe(tensor)}"
         )
-    if tensor.shape != shape:
-        raise ValueError(f"{name} must have shape {tuple(shape)}, got {describe(tensor)}")
+    if tensor.shape != (size,):
+        raise ValueError(f"{name} must have shape ({size},), got {describe(tensor)}")
     check_device(name, tensor, device)
     if tensor.requires_grad:
         raise ValueError(f"{name} must not require grad: the loss has no gradient with respect to it; detach it first")
+    return contiguous(tensor, torch.float64)
 
 
-def check_lengths(lengths: Any, shape: tuple[int, ...], device: torch.device) -> None:
-    """Numbers of this shape that carry no gradient."""
+def read_lengths(lengths: Any, size: int, device: torch.device) -> torch.Tensor | None:
+    """(size,) float64 of its own, since backward reads it and the caller's may change until then; None stays."""
+    if lengths is None:
+        return None
     if not is_dense(lengths):
         raise TypeError(f"lengths must be a tensor or None, got {describe(lengths)}")
     if lengths.dtype == torch.bool or lengths.is_complex():
         raise TypeError(f"lengths must be an integer or floating tensor, got {describe(lengths)}")
-    if lengths.shape != shape:
-        raise ValueError(f"lengths must have shape {tuple(shape)}, got {describe(lengths)}")
+    if lengths.shape != (size,):
+        raise ValueError(f"lengths must have shape ({size},), got {describe(lengths)}")
     check_device("lengths", lengths, device)
     if lengths.requires_grad:
         raise ValueError("lengths must not require grad: the loss has no gradient with respect to it; detach it first")
+    return lengths.to(torch.float64, copy=True).contiguous()
 
 
 def check_pairs(name: str, num_sequences: int) -> None:

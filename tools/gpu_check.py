@@ -43,6 +43,7 @@ from pathlib import Path
 
 from gpu_report import Compilations, commit_here, cuda_tool, summary, unfit
 from gpu_steps import BACKENDS, PASSED, ROOT, Command, Log, Result, Runner, Step
+from gpu_units import TUNED_SHAPE
 
 TOTAL_SECONDS = 420
 """What all steps together may take."""
@@ -52,7 +53,6 @@ LAST_SECONDS = 10
 HOOKS = ROOT / "tools" / "gpu_hooks"
 DRY = {"GPU_CHECK_DRY": "launch", "OMP_NUM_THREADS": "1"}
 WHOLE, SHORT = "whole", "short"
-TUNED_SHAPE = {"--vocab": 128256, "--hidden": 4096, "--rows": 16384}
 TINY_SHAPE = {"--vocab": 384, "--hidden": 32, "--rows": 16}
 
 

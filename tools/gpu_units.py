@@ -15,6 +15,8 @@ from pathlib import Path
 
 UNITS = ("smoke", "proof", "benchmarks", "tune", "tests")
 """In the order in which a run on a GPU needs them."""
+TUNED_SHAPE = {"--vocab": 128256, "--hidden": 4096, "--rows": 16384}
+"""What the step ``tune`` of a run tunes for, as ``grpo-kernels tune`` takes it."""
 TUNED_STAGES = ("head_tile", "token_logps", "tail")
 Unit = tuple[str, Callable[[], object]]
 
@@ -109,12 +111,10 @@ def units_of_benchmarks() -> Iterator[Unit]:
 
 
 def units_of_tune() -> Iterator[Unit]:
-    """The stages of the sweep that are about Triton's kernels, over the vocabulary that gpu_check.py has tuned.
+    """The stages of the sweep that are about Triton's kernels, over the vocabulary of ``TUNED_SHAPE``.
 
     With few rows a tile of the head is as wide as it can be, and its candidates are all that there are.
     """
-    from gpu_check import TUNED_SHAPE
-
     from grpo_kernels.tune import session, shape_of
 
     shape = shape_of(vocab=TUNED_SHAPE["--vocab"], hidden=64, rows=16, device="cuda:0")

@@ -83,7 +83,7 @@ def isa() -> str:
 def token_logps_fwd(
     logits: torch.Tensor, targets: torch.Tensor, logps: torch.Tensor, lse: torch.Tensor, *, ignore_index: int
 ) -> None:
-    """``logps[r] = z[r, y_r] - lse_r``; see ``backends.__doc__``."""
+    """``logps[r] = z[r, y_r] - lse_r``; see ``boundary.py``."""
     arguments = forward_arguments(_CPU, logits, targets, logps, lse, ignore_index)
     _cpu.token_logps_fwd(*arguments, _threads())
 
@@ -97,7 +97,7 @@ def token_logps_bwd(
     *,
     ignore_index: int,
 ) -> None:
-    """``dz[r, v] = c_r ((v == y_r) - exp(z[r, v] - lse_r))``, in place or not; see ``backends.__doc__``."""
+    """``dz[r, v] = c_r ((v == y_r) - exp(z[r, v] - lse_r))``, in place or not; see ``boundary.py``."""
     arguments = backward_arguments(_CPU, logits, targets, lse, grad_logps, grad_logits, ignore_index)
     _cpu.token_logps_bwd(*arguments, _threads())
 
@@ -125,7 +125,7 @@ def preference_tail(
     length_normalize: bool,
     ignore_index: int,
 ) -> None:
-    """Token log-probabilities to losses, slopes and group sums; see ``backends.__doc__``."""
+    """Token log-probabilities to losses, slopes and group sums; see ``boundary.py``."""
     arguments = tail_arguments(
         _CPU, token_logps, targets, cu_seqlens, ref_logps, group_ids, pair_weights,
         policy_logps, lengths, margins, rewards, losses, slopes, group_sums, group_counts, group_losses,
@@ -142,12 +142,12 @@ def robust_loss(
     weights: torch.Tensor,
     loss: torch.Tensor,
 ) -> None:
-    """``loss = (1/B) sum_i w[g_i] l_i``; see ``backends.__doc__``."""
+    """``loss = (1/B) sum_i w[g_i] l_i``; see ``boundary.py``."""
     _cpu.robust_loss(*robust_loss_arguments(_CPU, losses, group_ids, group_weights, weights, loss))
 
 
 def integer_range(integers: torch.Tensor, ignored: int) -> tuple[int, int]:
-    """Smallest and largest of 0 and the integers that are not ignored; see ``backends.__doc__``."""
+    """Smallest and largest of 0 and the integers that are not ignored; see ``boundary.py``."""
     if not integers.is_contiguous():
         integers = integers.contiguous()
     if integers.dtype not in (torch.int64, torch.int32) or not integers.is_cpu:
@@ -170,7 +170,7 @@ def head_tile_fwd(
     logit_scale: float,
     shift: float,
 ) -> None:
-    """Carry (top, rest, picked) past one tile and write its exponentials; see ``backends.__doc__``."""
+    """Carry (top, rest, picked) past one tile and write its exponentials; see ``boundary.py``."""
     arguments = tile_fwd_arguments(_CPU, logits, bias, targets, top, rest, picked, factor, exps)
     _cpu.head_tile_fwd(*arguments, 2.0**-shift, start, softcap, logit_scale, _threads())
 
@@ -188,6 +188,6 @@ def head_tile_bwd(
     softcap: float,
     logit_scale: float,
 ) -> None:
-    """The gradient of one tile of the GEMM's output; see ``backends.__doc__``."""
+    """The gradient of one tile of the GEMM's output; see ``boundary.py``."""
     arguments = tile_bwd_arguments(_CPU, logits, bias, targets, top, scale, at_target, grads)
     _cpu.head_tile_bwd(*arguments, start, softcap, logit_scale, _threads())

@@ -55,7 +55,7 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
 def token_logps_fwd(
     logits: torch.Tensor, targets: torch.Tensor, logps: torch.Tensor, lse: torch.Tensor, *, ignore_index: int
 ) -> None:
-    """``logps[r] = z[r, y_r] - lse_r``; see ``backends.__doc__``."""
+    """``logps[r] = z[r, y_r] - lse_r``; see ``boundary.py``."""
     device = _gpu_of(logits)
     arguments = forward_arguments(device, logits, targets, logps, lse, ignore_index)
     _launch(_cuda.token_logps_fwd, device, *arguments)
@@ -70,7 +70,7 @@ def token_logps_bwd(
     *,
     ignore_index: int,
 ) -> None:
-    """``dz[r, v] = c_r ((v == y_r) - exp(z[r, v] - lse_r))``, in place or not; see ``backends.__doc__``."""
+    """``dz[r, v] = c_r ((v == y_r) - exp(z[r, v] - lse_r))``, in place or not; see ``boundary.py``."""
     device = _gpu_of(logits)
     arguments = backward_arguments(device, logits, targets, lse, grad_logps, grad_logits, ignore_index)
     _launch(_cuda.token_logps_bwd, device, *arguments)
@@ -99,7 +99,7 @@ def preference_tail(
     length_normalize: bool,
     ignore_index: int,
 ) -> None:
-    """Token log-probabilities to losses, slopes and group sums; see ``backends.__doc__``."""
+    """Token log-probabilities to losses, slopes and group sums; see ``boundary.py``."""
     device = _gpu_of(token_logps)
     arguments = tail_arguments(
         device, token_logps, targets, cu_seqlens, ref_logps, group_ids, pair_weights,
@@ -117,7 +117,7 @@ def robust_loss(
     weights: torch.Tensor,
     loss: torch.Tensor,
 ) -> None:
-    """``loss = (1/B) sum_i w[g_i] l_i``; see ``backends.__doc__``."""
+    """``loss = (1/B) sum_i w[g_i] l_i``; see ``boundary.py``."""
     device = _gpu_of(losses)
     _launch(_cuda.robust_loss, device, *robust_loss_arguments(device, losses, group_ids, group_weights, weights, loss))
 
@@ -137,7 +137,7 @@ def head_tile_fwd(
     logit_scale: float,
     shift: float,
 ) -> None:
-    """Carry (top, rest, picked) past one tile and write its exponentials; see ``backends.__doc__``."""
+    """Carry (top, rest, picked) past one tile and write its exponentials; see ``boundary.py``."""
     device = _gpu_of(logits)
     arguments = tile_fwd_arguments(device, logits, bias, targets, top, rest, picked, factor, exps, narrower=True)
     out_code = DTYPES[logits.dtype if exps is None else exps.dtype]
@@ -157,7 +157,7 @@ def head_tile_bwd(
     softcap: float,
     logit_scale: float,
 ) -> None:
-    """The gradient of one tile of the GEMM's output; see ``backends.__doc__``."""
+    """The gradient of one tile of the GEMM's output; see ``boundary.py``."""
     device = _gpu_of(logits)
     arguments = tile_bwd_arguments(device, logits, bias, targets, top, scale, at_target, grads, narrower=True)
     _launch(_cuda.head_tile_bwd, device, DTYPES[grads.dtype], *arguments, start, softcap, logit_scale)

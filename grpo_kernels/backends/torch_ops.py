@@ -34,7 +34,7 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
 def token_logps_fwd(
     logits: torch.Tensor, targets: torch.Tensor, logps: torch.Tensor, lse: torch.Tensor, *, ignore_index: int
 ) -> None:
-    """``logps[r] = z[r, y_r] - lse_r``; see ``backends.__doc__``."""
+    """``logps[r] = z[r, y_r] - lse_r``; see ``boundary.py``."""
     for part, rows in _chunks(logps.dtype, logits):
         z, target = rows.to(logps.dtype), targets[part]
         top = z.amax(dim=1, keepdim=True)
@@ -57,7 +57,7 @@ def token_logps_bwd(
     *,
     ignore_index: int,
 ) -> None:
-    """``dz[r, v] = c_r ((v == y_r) - exp(z[r, v] - lse_r))``, in place or not; see ``backends.__doc__``."""
+    """``dz[r, v] = c_r ((v == y_r) - exp(z[r, v] - lse_r))``, in place or not; see ``boundary.py``."""
     for part, rows, out in _chunks(lse.dtype, logits, grad_logits):
         target, scale = targets[part], grad_logps[part].unsqueeze(1)
         index, valid = _safe_index(target, logits.shape[-1])
@@ -91,7 +91,7 @@ def preference_tail(
     length_normalize: bool,
     ignore_index: int,
 ) -> None:
-    """Token log-probabilities to losses, slopes and group sums; see ``backends.__doc__``."""
+    """Token log-probabilities to losses, slopes and group sums; see ``boundary.py``."""
     num_pairs, num_groups = group_ids.shape[0], group_sums.shape[0]
     logps = _segment_sum(token_logps.double(), cu_seqlens, 2 * num_pairs)
     policy_logps.copy_(logps)
@@ -121,13 +121,13 @@ def robust_loss(
     weights: torch.Tensor,
     loss: torch.Tensor,
 ) -> None:
-    """``loss = (1/B) sum_i w[g_i] l_i``; see ``backends.__doc__``."""
+    """``loss = (1/B) sum_i w[g_i] l_i``; see ``boundary.py``."""
     torch.index_select(group_weights, 0, group_ids.clamp(0, group_weights.shape[0] - 1), out=weights)
     loss.copy_((weights.double() * losses.double()).sum() / max(losses.shape[0], 1))
 
 
 def integer_range(integers: torch.Tensor, ignored: int) -> tuple[int, int]:
-    """Smallest and largest of 0 and the integers that are not ignored; see ``backends.__doc__``."""
+    """Smallest and largest of 0 and the integers that are not ignored; see ``boundary.py``."""
     if not integers.numel():
         return 0, 0
     integers = integers.long()  # which may hold no such number as `ignored` otherwise

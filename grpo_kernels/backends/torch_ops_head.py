@@ -6,7 +6,7 @@
     d[v] = 1 - (z[v] / softcap)^2, 1 without a cap
 
 Rows are taken a few at a time, so that the float32 copies of a half-precision tile stay in cache.  Accumulation
-dtype: float32, float64 for float64 tiles.  The boundary is described in ``backends.__doc__``.
+dtype: float32, float64 for float64 tiles.  The boundary is described in ``boundary.py``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def head_tile_fwd(
     logit_scale: float,
     shift: float,
 ) -> None:
-    """Carry (top, rest, picked) past one tile and write its exponentials; see ``backends.__doc__``."""
+    """Carry (top, rest, picked) past one tile and write its exponentials; see ``boundary.py``."""
     for part in _chunks(logits, top.dtype):
         z = _logits(logits[part], bias, top.dtype, softcap, logit_scale)
         index, inside = _local(targets[part], start, z.shape[1])
@@ -72,7 +72,7 @@ def head_tile_bwd(
     softcap: float,
     logit_scale: float,
 ) -> None:
-    """The gradient of one tile of the GEMM's output; see ``backends.__doc__``."""
+    """The gradient of one tile of the GEMM's output; see ``boundary.py``."""
     for part in _chunks(logits, top.dtype):
         z = _logits(logits[part], bias, top.dtype, softcap, logit_scale)
         index, inside = _local(targets[part], start, z.shape[1])

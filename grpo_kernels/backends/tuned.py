@@ -205,20 +205,18 @@ def row_chunk(device: torch.device, dtype: torch.dtype, hidden: int) -> int | No
 
 
 def order(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
-    """The backends that were timed for this dtype, the fastest first; nothing where none were.
+    """The names of the backends that were timed for this dtype, the fastest first; nothing where none were.
 
     Over all shapes that were tuned, and for the loss from logits and the head alike: by the product of the ratios to
-    the fastest.  One that is within 1 % of another keeps its place in the registry.
+    the fastest.  One that is within 1 % of another keeps its place in the registry,
+    which is the one that knows which of the names there are.
     """
-    from . import _MODULES
-
     tuning = of(device)
     if tuning is None:
         return ()
     wanted = name_of(dtype)
     entries = [entry for entry in tuning.sections["backends"].values() if entry["dtype"] == wanted]
-    found = rank(sure_times(entries))
-    return tuple(name for name in found if name in _MODULES)
+    return rank(sure_times(entries))
 
 
 def sure_times(entries: Iterable[Entry]) -> list[dict[str, float]]:

@@ -43,12 +43,12 @@ class LinearTokenLogps(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_logps: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, bias, targets, index, right, *saved = ctx.saved_tensors
+        hidden, weight, bias, targets, index, count_is_right, *saved = ctx.saved_tensors
         if hasattr(ctx, "maybe_clear_saved_tensors"):
             # Unless the graph is retained: a kept tile then goes when it has been used, and its memory to dW.
             ctx.maybe_clear_saved_tensors()
         grads = linear_ops.backward(
-            grad_logps, hidden, weight, bias, targets, index, right, saved, ctx.needs, ctx.settings
+            grad_logps, hidden, weight, bias, targets, index, count_is_right, saved, ctx.needs, ctx.settings
         )
         return (*grads, None, None)
 
@@ -60,9 +60,9 @@ def _save_compiled(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]
 
 
 def _backward_compiled(ctx: Any, grads: list[torch.Tensor]) -> tuple[Any, ...]:
-    hidden, weight, bias, targets, index, right, *saved = ctx.saved_tensors
+    hidden, weight, bias, targets, index, count_is_right, *saved = ctx.saved_tensors
     results = linear_ops.linear_token_logps_bwd(
-        grads[0], hidden, weight, bias, targets, index, right, saved, ctx.needs, *ctx.settings
+        grads[0], hidden, weight, bias, targets, index, count_is_right, saved, ctx.needs, *ctx.settings
     )
     results = [grad if need else None for grad, need in zip(results, ctx.needs, strict=True)]
     return (*results, None, None, *(None for _ in ctx.settings))

@@ -36,7 +36,7 @@ def backward(
     bias: Tensor | None,
     targets: Tensor,
     index: Tensor,
-    right: Tensor | None,
+    count_is_right: Tensor | None,
     saved: list[Any],
     needs: Sequence[bool],
     settings: HeadSettings,
@@ -47,8 +47,8 @@ def backward(
     """
     with torch.autocast(grad_logps.device.type, enabled=False):
         c = grad_logps[index]
-        if right is not None:
-            c = c.masked_fill(~right, torch.nan)
+        if count_is_right is not None:
+            c = c.masked_fill(~count_is_right, torch.nan)
         fields = linear_head.Saved.of(saved)
         saved.clear()  # so that `fields` alone keeps them, and frees each after its use
         grads: list[Any] = [None, None, None]
@@ -123,30 +123,29 @@ def linear_token_logps_fwd(
         hidden.device, dtype, ignore_index, num_labelled, memory_budget, softcap, logit_scale, grad, group, start,
         vocabulary, backend,
     )  # fmt: skip
-    found = forward(hidden, weight, bias, targets, needs, settings)
-    logps, index, right, unit_grad, top, share, miss, kept_scale, *kept = found
-    if kept_scale is None and (needs[1] or needs[2]):
-        kept_scale = logps.new_empty(0, index.shape[0])  # no tile was kept, of as many rows
-    results = (logps, index, right, unit_grad, top, share, miss, kept_scale, kept[0] if kept else None)
+    logps, index, count_is_right, *saved = forward(hidden, weight, bias, targets, needs, settings)
+    fields = linear_head.Saved.of(saved)
+    if fields.kept_scale is None and (needs[1] or needs[2]):
+        fields.kept_scale = logps.new_empty(0, index.shape[0])  # no tile was kept, of as many rows
+    results = [logps, index, count_is_right, *fields.tensors(), *([] if fields.kept else [None])]
     return [_nothing(hidden) if result is None else result for result in results]
 
 
 @linear_token_logps_fwd.register_fake
-def _(hidden, weight, bias, targets, needs, dtype, ignore_index, num_labelled, memory_budget, softcap, logit_scale,
-      grad, *rest):  # fmt: skip
+def _(hidden, weight, bias, targets, needs, dtype, ignore_index, num_labelled, *_settings):
     size = torch.library.get_ctx().new_dynamic_size
     rows = size() if num_labelled is None else num_labelled
     accumulate = accumulation_dtype(dtype)
     full = needs[1] or needs[2]
     kept, kept_tiles = (size(), size()) if full else (0, 0)
     logps, index = hidden.new_empty(targets.shape, dtype=accumulate), targets.new_empty(rows)
-    right = _nothing(hidden) if num_labelled is None else targets.new_empty((), dtype=torch.bool)
+    count_is_right = _nothing(hidden) if num_labelled is None else targets.new_empty((), dtype=torch.bool)
     unit_grad = hidden.new_empty((rows, hidden.shape[1]), dtype=accumulate) if needs[0] else _nothing(hidden)
     vectors = [hidden.new_empty(rows, dtype=accumulate) if full else _nothing(hidden) for _ in range(3)]
     tiles = [_nothing(hidden), _nothing(hidden)]
     if full:
         tiles = [hidden.new_empty((kept_tiles, rows), dtype=accumulate), hidden.new_empty(kept, dtype=dtype)]
-    return [logps, index, right, unit_grad, *vectors, *tiles]
+    return [logps, index, count_is_right, unit_grad, *vectors, *tiles]
 
 
 @torch.library.custom_op("grpo_kernels::linear_token_logps_bwd", mutates_args=())
@@ -157,7 +156,7 @@ def linear_token_logps_bwd(
     bias: Tensor | None,
     targets: Tensor,
     index: Tensor,
-    right: Tensor | None,
+    count_is_right: Tensor | None,
     saved: list[Tensor],
     needs: list[bool],
     dtype: torch.dtype,
@@ -176,17 +175,17 @@ def linear_token_logps_bwd(
         hidden.device, dtype, ignore_index, num_labelled, memory_budget, softcap, logit_scale, grad, group, start,
         vocabulary, backend,
     )  # fmt: skip
-    told = None if num_labelled is None else right
+    count_is_right = None if num_labelled is None else count_is_right
     *fields, kept_scale, kept = saved
     tiles = [kept] if kept_scale.shape[0] else []
     grads = backward(
-        grad_logps, hidden, weight, bias, targets, index, told, [*fields, kept_scale, *tiles], needs, settings
+        grad_logps, hidden, weight, bias, targets, index, count_is_right, [*fields, kept_scale, *tiles], needs, settings
     )
     return [_nothing(hidden) if result is None else result for result in grads]
 
 
 @linear_token_logps_bwd.register_fake
-def _(grad_logps, hidden, weight, bias, targets, index, right, saved, needs, *rest):
+def _(grad_logps, hidden, weight, bias, targets, index, count_is_right, saved, needs, *_settings):
     inputs = (hidden, weight, bias)
     return [
         _nothing(hidden)

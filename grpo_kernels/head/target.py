@@ -1,6 +1,8 @@
-"""What all tokens of a row say of its target, where the vocabulary is split over ranks (vocab/parallel.py).
+"""The odds against a row's target, over a vocabulary that is split over ranks.
 
-log odds against the target = log sum_{v != y} exp(z[v]) - z[y],   1 - p[y] = sigmoid(log odds)
+    log odds against the target = log sum_{v != y} exp(z[v]) - z[y],   1 - p[y] = sigmoid(log odds)
+
+``vocab/parallel.py`` has the exchange between ranks.
 """
 
 from __future__ import annotations

@@ -17,16 +17,16 @@ from ..arguments import (
     check_flag,
     check_ignore_index,
     check_integers,
-    check_lengths,
     check_logits,
     check_loss_settings,
     check_overwrite,
     check_pairs,
-    check_sums,
     check_untransformed,
     contiguous,
     describe,
     is_dense,
+    read_lengths,
+    read_sums,
     values_are_readable,
 )
 from ..backends import Backend
@@ -118,20 +118,17 @@ class Pairs(NamedTuple):
             name, num_sequences = "cu_seqlens", cu_seqlens.shape[0] - 1
         check_pairs(name, num_sequences)
         device, num_pairs, normalize = policy.device, num_sequences // 2, given.length_normalize
-        ref_logps = _read_sums("ref_logps", given.ref_logps, num_sequences, device)
+        ref_logps = read_sums("ref_logps", given.ref_logps, num_sequences, device)
         num_groups = _num_groups(given.group_weights, device)
         group_ids = _read_group_ids(given.group_ids, num_pairs, num_groups, device)
         check_loss_settings(given.beta, given.loss_type, given.label_smoothing)
         check_flag("length_normalize", normalize)
-        lengths = None
-        if given.lengths is not None:
-            check_lengths(given.lengths, (num_sequences,), device)
-            # A copy, since backward reads it, and the caller may have changed theirs by then.
-            normalize, lengths = True, given.lengths.to(torch.float64, copy=True)
-        pair_weights = _read_sums("pair_weights", given.pair_weights, num_pairs, device)
+        lengths = read_lengths(given.lengths, num_sequences, device)
+        pair_weights = read_sums("pair_weights", given.pair_weights, num_pairs, device)
         return cls(
             num_pairs, num_groups, ref_logps, group_ids, given.group_weights, pair_weights,
-            LOSS_TYPES.index(given.loss_type), float(given.beta), float(given.label_smoothing), normalize, lengths,
+            LOSS_TYPES.index(given.loss_type), float(given.beta), float(given.label_smoothing),
+            normalize or lengths is not None, lengths,
         )  # fmt: skip
 
 
@@ -196,14 +193,6 @@ class LossArguments(NamedTuple):
         differentiable = torch.is_grad_enabled() and policy_logps.requires_grad
         chosen = pick(backend, policy_logps.device, policy_logps.dtype)
         return policy_logps.contiguous(), cls(rows, read_pairs, differentiable, False, chosen)
-
-
-def _read_sums(name: str, sums: Any, size: int, device: torch.device) -> torch.Tensor | None:
-    """(size,) float64, or None."""
-    if sums is None:
-        return None
-    check_sums(name, sums, (size,), device)
-    return contiguous(sums, torch.float64)
 
 
 def _num_groups(group_weights: Any, device: torch.device) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from ..backends import OPERATIONS, OPTIONAL_OPERATIONS
 from . import rows, tail, tiles, whole
 from .budget import Mismatch
-from .cases import WHOLE, Case
+from .case import WHOLE, Case
 from .places import Place
 
 SOURCES = (rows, tail, tiles, whole)

@@ -22,7 +22,7 @@ from .budget import (
     within_budget,
     within_relative_budget,
 )
-from .cases import Case, with_threads
+from .case import Case, with_threads
 from .places import Place, layouts, make_rows, short
 
 OPERATIONS = ("token_logps_fwd", "token_logps_bwd")

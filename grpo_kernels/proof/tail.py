@@ -14,7 +14,7 @@ import torch
 
 from ..types import IGNORE_INDEX, LOSS_TYPES, SMOOTHED_LOSS_TYPES
 from .budget import EPSILON, require, require_close, require_same
-from .cases import Case, with_threads
+from .case import Case, with_threads
 from .places import Place, short
 
 OPERATIONS = ("preference_tail", "robust_loss")

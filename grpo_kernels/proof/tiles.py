@@ -14,7 +14,7 @@ import torch
 
 from ..backends import torch_ops
 from .budget import require, require_same
-from .cases import Case
+from .case import Case
 from .places import Place, short
 
 OPERATIONS = ("head_tile_fwd", "head_tile_bwd")

@@ -15,7 +15,7 @@ import torch
 from .. import GroupWeights, fused_grpo_loss, linear_token_logps
 from ..types import IGNORE_INDEX, LOSS_TYPES, SMOOTHED_LOSS_TYPES
 from .budget import EPSILON, require, require_same, within_budget
-from .cases import WHOLE, Case
+from .case import WHOLE, Case
 from .places import Place, short
 
 PAIRS = 4

@@ -1,8 +1,8 @@
-"""Who holds which words: the arguments that say so, and what the ranks of the group tell one another of them.
+"""Which tokens each rank holds: the arguments that say so, and what the ranks of the group compare before a call.
 
-Every rank holds words [start, start + words) of every row, and the ranks' ranges cover the vocabulary once.  Before
-anything of a call passes between ranks, each tells the others in one short list of numbers which words it holds and
-what it was called with.  All read the same lists, so all go on or all raise, and nobody waits for who has left.
+Every rank holds tokens [start, stop) of every row, and the ranks' ranges cover the vocabulary once.  Before anything of
+a call passes between ranks, each sends the others one short list of numbers: which tokens it holds, and what it was
+called with.  All read the same lists, so all go on or all raise, and none waits for a rank that has left.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ FUNCTIONS = ("from logits", "from hidden states")
 
 
 class Shard(NamedTuple):
-    """This rank's words among those of its group."""
+    """This rank's tokens among those of its group."""
 
     group: str
     """Name of the process group."""
     start: int
-    """This rank's first word."""
+    """This rank's first token."""
     vocabulary: int = 0
-    """All ranks' words where it is known (a DTensor knows), else 0."""
+    """The whole vocabulary where it is known (a DTensor knows), else 0."""
 
 
-class Words(NamedTuple):
-    """The words of one rank."""
+class TokenRange(NamedTuple):
+    """The tokens of one rank, [start, stop)."""
 
     start: int
     stop: int
@@ -46,7 +46,7 @@ class Words(NamedTuple):
 def shard_of_weight(
     hidden: Any, weight: Any, bias: Any, tp_group: Any, vocab_start: Any
 ) -> tuple[Any, Any, Any, Shard | None]:
-    """hidden, weight and bias as this rank holds them, and where its words lie; None where it holds them all."""
+    """hidden, weight and bias as this rank holds them, and which tokens those are; None where it holds them all."""
     if not distributed.is_dtensor(weight):
         for name, tensor in (("hidden", hidden), ("bias", bias)):
             if distributed.is_dtensor(tensor):
@@ -70,7 +70,7 @@ def shard_of_weight(
 
 
 def shard_of_logits(logits: Any, tp_group: Any, vocab_start: Any) -> tuple[Any, Shard | None]:
-    """The logits as this rank holds them, and where its words lie; None where it holds them all."""
+    """The logits as this rank holds them, and which tokens those are; None where it holds them all."""
     if not distributed.is_dtensor(logits):
         return logits, _shard_of_group(tp_group, vocab_start)
     _refuse_both("logits", tp_group, vocab_start)
@@ -133,35 +133,35 @@ class refusing_together:
             distributed.gather_numbers([1.0] + [0.0] * (2 + len(FACTS)), self._shard.group)
 
 
-def agree(shard: Shard, words: int, facts: Mapping[str, float]) -> list[Words]:
-    """Every rank's words, in the order of ranks, once all have said the same of everything else.
+def agree(shard: Shard, num_tokens: int, facts: Mapping[str, float]) -> list[TokenRange]:
+    """Every rank's tokens, in the order of ranks, once all have said the same of everything else.
 
     Raises:
         ValueError: on every rank, where one has refused its arguments, where ranks differ in a fact, or where their
-            words do not cover the vocabulary once.
+            tokens do not cover the vocabulary once.
     """
     mine = {**dict.fromkeys(FACTS, 0.0), **facts, "vocabulary": shard.vocabulary}
-    lists = distributed.gather_numbers([0.0, shard.start, words, *map(float, mine.values())], shard.group)
+    lists = distributed.gather_numbers([0.0, shard.start, num_tokens, *map(float, mine.values())], shard.group)
     refused = [rank for rank, (refusal, *_) in enumerate(lists) if refusal]
     if refused:
         raise ValueError(f"rank {refused[0]} of tp_group has refused its arguments; the reason is in its own error")
-    for fact, values in zip(mine, zip(*(rest for _, _, _, *rest in lists), strict=True), strict=True):
+    for fact, values in zip(mine, zip(*(said for _, _, _, *said in lists), strict=True), strict=True):
         if len(set(values)) > 1:
             said = ", ".join(f"{_in_words(fact, value)} on rank {rank}" for rank, value in enumerate(values[:8]))
             raise ValueError(f"the ranks of tp_group must agree on {fact}, got {said}")
-    ranges = [Words(int(start), int(start + count)) for _, start, count, *_ in lists]
+    ranges = [TokenRange(int(start), int(start + count)) for _, start, count, *_ in lists]
     _check_cover(ranges, shard.vocabulary)
     return ranges
 
 
-def _check_cover(ranges: list[Words], vocabulary: int) -> None:
+def _check_cover(ranges: list[TokenRange], vocabulary: int) -> None:
     """Neither gap nor overlap; where the vocabulary ends is known from a DTensor alone."""
     edge, problem = 0, ""
-    for words in sorted(words for words in ranges if words.stop > words.start):
-        if words.start != edge:
-            problem = "overlap" if words.start < edge else "leave a gap"
+    for held in sorted(held for held in ranges if held.stop > held.start):
+        if held.start != edge:
+            problem = "overlap" if held.start < edge else "leave a gap"
             break
-        edge = words.stop
+        edge = held.stop
     if not problem and edge != (vocabulary or edge):
         problem = f"cover {edge} words of {vocabulary}"
     if not problem and not edge:

@@ -3,171 +3,242 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from drawing import PAGE, RULE, TRAINER, block, order_of
+from imports import (
+    FOLDERS,
+    PACKAGE,
+    PUBLIC,
+    ROOT,
+    cycles,
+    files,
+    graph_inside,
+    graph_of_files,
+    graph_of_places,
+    hidden,
+    imports_of,
+    module_of,
+    packages,
+    place_in_package,
+    place_of,
+    places,
+    tree_of,
+)
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = ROOT / "grpo_kernels"
-FILES = sorted(PACKAGE.rglob("*.py"))
+FILES = files("grpo_kernels")
 
-MAY_IMPORT = {
-    "types": set(),
-    "reference": {"types"},
-    "distributed": set(),
-    "backends": {"types", "_cpu", "_cuda"},  # the built extensions, which no one else may touch
-    "checks": {"types", "backends"},
-    "ops": {"backends"},
-    "vocab_shards": {"types", "checks", "distributed"},
-    "linear_plan": {"backends", "vocab_shards"},
-    "vocab_parallel": {"checks", "backends", "distributed", "vocab_shards", "linear_plan"},
-    "linear_head": {"types", "checks", "backends", "distributed", "ops", "linear_plan", "vocab_parallel"},
-    "linear_ops": {"types", "backends", "linear_plan", "linear_head", "vocab_shards"},
-    "autograd": {"types", "backends", "distributed", "ops", "linear_plan", "linear_ops"},
-    "group_checks": {"checks"},
-    "group_weights": {"types", "checks", "group_checks", "distributed"},
-    "functional": {
-        "types",
-        "checks",
-        "backends",
-        "ops",
-        "linear_head",
-        "autograd",
-        "group_weights",
-        "vocab_shards",
-        "vocab_parallel",
-    },
-    "functional_linear": {
-        "types",
-        "checks",
-        "ops",
-        "linear_plan",
-        "linear_ops",
-        "autograd",
-        "functional",
-        "group_weights",
-        "vocab_shards",
-    },
-    "fused_head": {"types", "checks", "distributed", "functional_linear"},
-    "tune": {"types", "backends", "proof", "linear_plan", "functional", "functional_linear"},
+EXTENSIONS = {"_cpu", "_cuda"}
+"""Built from csrc/; only backends touch them."""
+
+USERS = {
+    "trainer": {"types", "arguments"},
+    "integrations": {"types", "arguments", "trainer"},
+    "proof": {"types", "backends"},
+    "cli": {"types", "backends", "trainer", "tune"},
+    "experiments": {"trainer"},
+    "benchmarks": {"backends", "trainer"},
+    "examples": {"integrations"},
 }
-"""The core, module by module: what each may import from this package.  The list is the order of the house."""
-
-PUBLIC_ONLY = {"trainer", "integrations", "cli", "proof"}
-"""Users of the package that happen to live in it: they have its public names, and one another."""
-
-COMMANDS = {"tune"}
-"""Packages that implement commands; only the command line imports them."""
-
-SHARED_WORDS = {"types", "checks"}
-"""What they share with the core besides: the names of things, and how a bad setting is refused."""
+"""Users of the package, those that happen to live in it included, and what they have besides its public names:
+the names of things, the checks of a bad setting, one another, and backends where those are what it is about."""
 
 BACKENDS = {"torch_ops", "triton", "native_cpu", "native_cuda"}
 HEAVY = {"triton", "transformers", "trl", "matplotlib", "datasets", "peft", "numpy.f2py", "tensorboard", "jsonargparse"}
 
 
-def module_of(path: Path) -> tuple[str, ...]:
-    """``grpo_kernels/backends/torch_ops.py`` → ("backends", "torch_ops")."""
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return parts[:-1] if parts[-1] == "__init__" else parts
+def where(path, line=None):
+    return str(path.relative_to(ROOT)) + (f":{line}" if line else "")
 
 
-def imports_of(path: Path, top_level_only: bool = False) -> list[tuple[str, ...]]:
-    """Every module a file imports, absolute: ("grpo_kernels", "types"), ("torch", "distributed")."""
-    tree = ast.parse(path.read_text())
-    here = ("grpo_kernels", *path.relative_to(PACKAGE).parent.parts) if path.is_relative_to(PACKAGE) else ()
-    nodes = tree.body if top_level_only else list(ast.walk(tree))
-    found = []
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            found += [tuple(alias.name.split(".")) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = here[: len(here) - node.level + 1] if node.level else ()
-            base += tuple(node.module.split(".")) if node.module else ()
-            # `from . import x` and `from .x import y` both name x; `from torch import distributed` names it too.
-            found += [(*base, alias.name) for alias in node.names]
-    return found
+# ---- the order of the package
 
 
-def own_imports(path: Path) -> list[tuple[str, ...]]:
-    return [name[1:] for name in imports_of(path) if name[0] == "grpo_kernels" and len(name) > 1]
+def test_every_subpackage_and_module_has_its_place():
+    assert set(order_of(RULE)) == {*places(), PUBLIC}, "say in RULE (drawing.py) what may import it, and what it may"
 
 
-def test_every_module_of_the_core_has_its_place():
-    core = {module_of(path)[0] for path in FILES if module_of(path)}
-    assert core <= set(MAY_IMPORT) | PUBLIC_ONLY | {"__main__"}, "a new module: say in MAY_IMPORT what it may import"
+@pytest.mark.parametrize("place", [*places(), PUBLIC])
+def test_imports_run_from_a_later_place_of_the_rule_to_an_earlier_one(place):
+    allowed = order_of(RULE).get(place, set()) | {place} | (EXTENSIONS if place == "backends" else set())
+    wrong = [
+        f"{where(path, found.line)} imports {'.'.join(found.name)}"
+        for path in FILES if place_of(path) == place
+        for found in imports_of(path) if place_in_package(found.name) not in (allowed | {None})
+    ]  # fmt: skip
+    assert not wrong, f"{place} may import {', '.join(sorted(allowed - {place})) or 'nothing'}:\n" + "\n".join(wrong)
 
 
-@pytest.mark.parametrize("module", MAY_IMPORT)
-def test_imports_point_one_way(module):
+def test_the_rule_is_read_as_it_is_meant():
+    order = order_of("a ← {b, c} ← d;  c ← e\n{d, e} ← f")
+    assert order == {"a": set(), "b": {"a"}, "c": {"a"}, "d": {"a", "b", "c"}, "e": {"a", "c"}, "f": set("abcde")}
+    with pytest.raises(ValueError, match="before themselves"):
+        order_of("a ← b ← c; c ← a")
+    order, graph = order_of(RULE), graph_of_places()
+    assert "loss" in order["head"] & graph["head"]
+    assert "head" not in order["loss"]
+
+
+def test_the_page_has_the_rule():
+    text = PAGE.read_text(encoding="utf-8")
+    missing = [line for line in [*RULE.splitlines(), *TRAINER.splitlines()] if line not in text]
+    assert not missing, f"{where(PAGE)} lacks these lines:\n" + "\n".join(missing)
+
+
+def test_the_page_has_the_drawing_of_the_code():
+    found = block() in PAGE.read_text(encoding="utf-8")
+    assert found, f"{where(PAGE)} is old: python tests/architecture/drawing.py --write"
+
+
+def test_the_trainer_has_an_order_of_its_own():
+    order, graph = order_of(TRAINER), graph_inside("trainer")
+    assert set(order) == set(graph), "say in TRAINER (drawing.py) where it stands"
+    wrong = {name: sorted(graph[name] - order[name]) for name in graph if graph[name] - order[name]}
+    assert not wrong
+
+
+def test_no_two_files_need_each_other():
+    found = cycles(graph_of_files())
+    assert not found, "\n" + "\n".join(" → ".join([*cycle, cycle[0]]) for cycle in found)
+
+
+def test_a_cycle_is_found_and_named():
+    graph = {"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": {"e"}, "e": {"d"}, "f": {"a"}}
+    assert cycles(graph) == [["a", "b", "c"], ["d", "e"]]
+    assert set(graph_of_files()) >= {"tools/gpu_check.py", "benchmarks/report.py", "grpo_kernels/backends/__init__.py"}
+    assert "tools/gpu_steps.py" in graph_of_files()["tools/gpu_check.py"]
+    assert "grpo_kernels/backends/verdicts.py" in graph_of_files()["grpo_kernels/backends/__init__.py"], "a lazy one"
+
+
+# ---- names
+
+NAMED_AFTER_OPERATIONS = {("grpo_kernels", "backends", "triton"): {"preference_tail"}}
+"""A backend has the functions of the boundary by their names, and its files are named after them, as in csrc/."""
+
+
+@pytest.mark.parametrize("package", packages(), ids=".".join)
+def test_no_name_of_a_package_hides_a_submodule(package):
+    source = (ROOT.joinpath(*package) / "__init__.py").read_text(encoding="utf-8")
+    taken = hidden(package, source, set(packages()[package])) - NAMED_AFTER_OPERATIONS.get(package, set())
+    assert not taken, f"{', '.join(sorted(taken))} of {'.'.join(package)}: a submodule, and a name that hides it"
+    seen = submodules_seen()[".".join(package)]
+    if isinstance(seen, str):
+        pytest.skip(seen)
+    wrong = {name: found for name, found in seen.items() if found != "itself"}
+    assert set(wrong) == NAMED_AFTER_OPERATIONS.get(package, set()), wrong
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from .parts import parts", {"parts"}),
+        ("from .other import helper as parts", {"parts"}),
+        ("try:\n    import there\nexcept ImportError:\n    parts = None", {"parts"}),
+        ("def parts(): ...", {"parts"}),
+        ("from . import parts", set()),
+        ("from .parts import others\ndef whole():\n    parts = 1", set()),
+    ],
+)
+def test_what_hides_a_submodule_is_noticed(source, found):
+    assert hidden(("made", "up"), source, {"parts"}) == found
+
+
+@functools.cache
+def submodules_seen() -> dict:
+    """Package → submodule → whether the package's attribute is that module, in a fresh process that imports all.
+
+    A submodule that needs a package which is not installed is left out; so is the whole where the package itself does,
+    with the reason in its place.
+    """
+    code = """
+import importlib, json, sys
+seen = {}
+for package, submodules in json.loads(sys.argv[1]).items():
+    try:
+        loaded = importlib.import_module(package)
+    except ImportError as error:
+        seen[package] = str(error)
+        continue
+    seen[package] = {}
+    for name in submodules:
+        before = getattr(loaded, name, None)
+        try:
+            module = importlib.import_module(f"{package}.{name}")
+        except ImportError:
+            continue
+        wrong = [other for other in (before, getattr(loaded, name)) if other not in (None, module)]
+        seen[package][name] = repr(wrong[0]) if wrong else "itself"
+print(json.dumps(seen))
+"""
+    return measure(code, json.dumps({".".join(package): names for package, names in packages().items()}))
+
+
+# ---- who may know what
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_users_of_the_package_use_its_public_names_only(user):
+    allowed = USERS[user] | {user, PUBLIC, None}
+    for path in files(user) if user in FOLDERS else [path for path in FILES if place_of(path) == user]:
+        for found in imports_of(path):
+            place = place_in_package(found.name)
+            assert place in allowed, f"{where(path, found.line)} imports {'.'.join(found.name)}"
+
+
+def test_backends_import_types_alone_and_never_each_other():
     for path in FILES:
-        if module_of(path)[:1] == (module,):
-            reached = {name[0] for name in own_imports(path)} - {module}
-            assert reached <= MAY_IMPORT[module], f"{path.relative_to(ROOT)} imports {reached - MAY_IMPORT[module]}"
+        module = module_of(path)[1:]
+        if module[:1] != ("backends",):
+            continue
+        reached = [found.name[1:] for found in imports_of(path) if found.name[0] == "grpo_kernels"]
+        outside = {name[0] for name in reached} - {"types", "backends"} - EXTENSIONS
+        assert not outside, f"{where(path)} imports {outside}"
+        others = {name[1] for name in reached if name[0] == "backends" and len(name) > 1} & BACKENDS
+        assert len(module) == 1 or not others - {module[1]}, f"{where(path)} imports {others}"
 
 
-def test_the_order_has_no_cycle():
-    placed: set[str] = set()
-    while len(placed) < len(MAY_IMPORT):
-        ready = {m for m, below in MAY_IMPORT.items() if m not in placed and below & set(MAY_IMPORT) <= placed}
-        assert ready, f"cycle among {set(MAY_IMPORT) - placed}"
-        placed |= ready
+@pytest.mark.parametrize("subpackage", ["loss", "head", "groups", "vocab", "backends"])
+def test_a_subpackage_says_what_it_is_for(subpackage):
+    text = ast.get_docstring(tree_of(PACKAGE / subpackage / "__init__.py")) or ""
+    assert len([line for line in text.splitlines() if line]) >= 3, f"{subpackage}/__init__.py: what is it, for whom?"
 
 
-def test_backends_do_not_import_each_other():
+def test_only_distributed_py_talks_to_torch_distributed():
+    """That of the package, and the trainer's."""
     for path in FILES:
-        module = module_of(path)
-        if len(module) >= 2 and module[0] == "backends":
-            others = {name[1] for name in own_imports(path) if name[0] == "backends" and len(name) > 1}
-            assert not (others & BACKENDS) - {module[1]}, path
+        talks = any(found.name[:2] == ("torch", "distributed") for found in imports_of(path))
+        uses = any(
+            ast.unparse(n) == "torch.distributed" for n in ast.walk(tree_of(path)) if isinstance(n, ast.Attribute)
+        )
+        assert not (talks or uses) or path.name == "distributed.py", where(path)
 
 
-def public_names() -> set[str]:
-    tree = ast.parse((PACKAGE / "__init__.py").read_text())
-    values = [n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "__all__"]
-    return set(ast.literal_eval(values[0])) | {"__version__"}
-
-
-def test_users_of_the_package_use_its_public_names_only():
-    inside = [path for path in FILES if module_of(path) and module_of(path)[0] in PUBLIC_ONLY]
-    outside = [p for folder in ("experiments", "benchmarks") for p in sorted((ROOT / folder).rglob("*.py"))]
-    for path in inside + outside:
-        allowed = public_names() | PUBLIC_ONLY | (SHARED_WORDS if path in inside else set())
-        if path in inside and module_of(path)[0] == "cli":
-            allowed |= COMMANDS
-        reached = {name[0] for name in own_imports(path)} - allowed
-        assert not reached, f"{path.relative_to(ROOT)} imports {reached}"
-
-
-def test_only_one_file_talks_to_torch_distributed():
+def test_only_autograd_py_of_the_loss_and_of_the_head_knows_ctx():
     for path in FILES:
-        talks = any(name[:2] == ("torch", "distributed") for name in imports_of(path))
-        uses = "torch.distributed" in {
-            ast.unparse(n) for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)
-        }
-        assert not (talks or uses) or path.name == "distributed.py", path
+        nodes = list(ast.walk(tree_of(path)))
+        names = {n.id for n in nodes if isinstance(n, ast.Name)} | {n.arg for n in nodes if isinstance(n, ast.arg)}
+        assert "ctx" not in names or module_of(path)[1:] in {("loss", "autograd"), ("head", "autograd")}, where(path)
 
 
-def test_only_one_file_knows_ctx():
-    for path in FILES:
-        names = {n.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Name)}
-        names |= {n.arg for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.arg)}
-        assert "ctx" not in names or path.name == "autograd.py", path
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", FILES, ids=where)
 def test_no_file_is_too_long_to_read(path):
-    assert len(path.read_text().splitlines()) <= 450
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 450
 
 
-def measure(code: str) -> dict:
+# ---- what an import costs
+
+
+def measure(code: str, *arguments: str) -> dict:
     """Runs code that prints one JSON object, in a fresh interpreter that sees this checkout."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -181,5 +252,6 @@ def test_importing_the_package_loads_nothing_heavy_and_takes_no_time():
     result = measure(code)
     roots = {name.split(".")[0] for name in result["loaded"]}
     assert not roots & HEAVY
-    assert not {name for name in result["loaded"] if name.startswith("grpo_kernels.backends.")}
+    of_backends = {name for name in result["loaded"] if name.startswith("grpo_kernels.backends.")}
+    assert of_backends == {"grpo_kernels.backends.boundary"}
     assert result["seconds"] < 0.5  # of processor time, so that a busy machine does not fail it

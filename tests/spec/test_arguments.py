@@ -196,7 +196,7 @@ def checked(monkeypatch):
     for module_name, module in list(sys.modules.items()):
         if module_name.startswith("grpo_kernels."):
             for name, value in list(vars(module).items()):
-                if name.lstrip("_").startswith("check_") and inspect.isfunction(value):
+                if name.lstrip("_").startswith(("check_", "read_")) and inspect.isfunction(value):
                     monkeypatch.setattr(module, name, counting(name, value))
     return counts
 

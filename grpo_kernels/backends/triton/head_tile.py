@@ -237,7 +237,7 @@ def head_tile_fwd(
     logit_scale: float,
     shift: float,
 ) -> None:
-    """Carry (top, rest, picked) past one tile and write its exponentials; see ``backends.__doc__``."""
+    """Carry (top, rest, picked) past one tile and write its exponentials; see ``boundary.py``."""
     if targets.numel() == 0:
         return
     with on_device_of(logits):
@@ -262,7 +262,7 @@ def head_tile_bwd(
     softcap: float,
     logit_scale: float,
 ) -> None:
-    """The gradient of one tile of the GEMM's output; see ``backends.__doc__``."""
+    """The gradient of one tile of the GEMM's output; see ``boundary.py``."""
     if grads.numel() == 0:
         return
     with on_device_of(logits):

@@ -253,7 +253,7 @@ def preference_tail(
     length_normalize: bool,
     ignore_index: int,
 ) -> None:
-    """Token log-probabilities to losses, slopes and group sums; see ``backends.__doc__``."""
+    """Token log-probabilities to losses, slopes and group sums; see ``boundary.py``."""
     num_pairs, num_groups = group_ids.numel(), group_sums.numel()
     rows = token_logps.numel()
     mean_length = rows // max(2 * num_pairs, 1)
@@ -276,7 +276,7 @@ def robust_loss(
     weights: torch.Tensor,
     loss: torch.Tensor,
 ) -> None:
-    """``loss = (1/B) sum_i w[g_i] l_i``; see ``backends.__doc__``."""
+    """``loss = (1/B) sum_i w[g_i] l_i``; see ``boundary.py``."""
     with on_device_of(losses):
         robust_loss_kernel[(1,)](
             losses, group_ids, group_weights, weights, loss, losses.numel(), group_weights.numel(),

@@ -232,7 +232,7 @@ def token_logps_bwd_kernel(
 def token_logps_fwd(
     logits: torch.Tensor, targets: torch.Tensor, logps: torch.Tensor, lse: torch.Tensor, *, ignore_index: int
 ) -> None:
-    """``logps[r] = z[r, y_r] - lse_r``; see ``backends.__doc__``."""
+    """``logps[r] = z[r, y_r] - lse_r``; see ``boundary.py``."""
     if targets.numel() == 0:
         return
     _, length, vocabulary = logits.shape
@@ -254,7 +254,7 @@ def token_logps_bwd(
     *,
     ignore_index: int,
 ) -> None:
-    """``dz[r, v] = c_r ((v == y_r) - exp(z[r, v] - lse_r))``, in place or not; see ``backends.__doc__``."""
+    """``dz[r, v] = c_r ((v == y_r) - exp(z[r, v] - lse_r))``, in place or not; see ``boundary.py``."""
     if grad_logits.numel() == 0:
         return
     _, length, vocabulary = logits.shape
