@@ -1,4 +1,4 @@
-"""Checks of single arguments, and the words in which their errors say so.
+"""Checks of single arguments: ``check_*`` raises, ``read_*`` also returns what the rest of the package takes.
 
 Everything that reads a tensor's values is done on CPU tensors only: on a device it would wait for the queue, and
 the kernels answer a bad label or group id with NaN in that pair instead.
@@ -11,11 +11,15 @@ import math
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from .types import LOSS_TYPES, SMOOTHED_LOSS_TYPES
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """The dtypes that logits, hidden states and weights may have."""
+
+_INTEGERS, _SUMS = (torch.int64, torch.int32), (torch.float32, torch.float64)
+_TENSOR, _STRIDED = torch.Tensor, torch.strided  # looked up here, since a small call makes dozens of checks
 
 
 def describe(value: Any) -> str:
@@ -32,7 +36,7 @@ def describe(value: Any) -> str:
 
 def is_dense(value: Any) -> bool:
     """A tensor that has strides: neither sparse nor nested."""
-    return isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_nested
+    return isinstance(value, _TENSOR) and value.layout is _STRIDED and not value.is_nested
 
 
 def contiguous(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -40,7 +44,7 @@ def contiguous(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor if tensor.dtype is dtype and tensor.is_contiguous() else tensor.to(dtype).contiguous()
 
 
-def check_number(name: str, value: Any) -> float:
+def read_number(name: str, value: Any) -> float:
     """A real number that float64 holds, bool excluded; may be infinite or NaN."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {describe(value)}")
@@ -58,7 +62,7 @@ def check_flag(name: str, value: Any) -> None:
 
 def check_floating(name: str, tensor: Any) -> None:
     """A dense tensor of one of the dtypes that logits and their like may have."""
-    if not is_dense(tensor) or not tensor.is_floating_point():
+    if not is_dense(tensor) or (tensor.dtype not in FLOATS and not tensor.is_floating_point()):
         raise TypeError(f"{name} must be a floating tensor, got {describe(tensor)}")
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {describe(tensor)}")
@@ -66,23 +70,26 @@ def check_floating(name: str, tensor: Any) -> None:
 
 def check_untransformed(name: str, tensor: torch.Tensor) -> None:
     """Not inside ``torch.func``, whose grad and vmap hand in tensors without memory that a kernel could read."""
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if not is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         raise TypeError(f"{name} must not be inside a transform of torch.func (grad, vmap); use torch.autograd.grad")
 
 
-def check_loss_settings(beta: float, loss_type: str, label_smoothing: float) -> None:
-    """β > 0; a known loss; smoothing in [0, 1/2), and only where it is defined."""
-    if not 0 < check_number("beta", beta) < math.inf:
+def read_loss_settings(beta: Any, loss_type: Any, label_smoothing: Any) -> tuple[float, int, float]:
+    """β > 0; a known loss; smoothing in [0, 1/2), and only where it is defined → β, index of the loss, smoothing."""
+    beta_read = read_number("beta", beta)
+    if not 0 < beta_read < math.inf:
         raise ValueError(f"beta must be positive and finite, got {beta!r}")
     if not isinstance(loss_type, str) or loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {describe(loss_type)}")
-    if not 0 <= check_number("label_smoothing", label_smoothing) < 0.5:
+    smoothing_read = read_number("label_smoothing", label_smoothing)
+    if not 0 <= smoothing_read < 0.5:
         raise ValueError(f"label_smoothing must be in [0, 1/2), got {label_smoothing!r}")
     if label_smoothing and loss_type not in SMOOTHED_LOSS_TYPES:
         raise ValueError(
             f"label_smoothing is defined for loss_type {' and '.join(SMOOTHED_LOSS_TYPES)} only, "
             f"got {label_smoothing!r} with {loss_type!r}"
         )
+    return beta_read, LOSS_TYPES.index(loss_type), smoothing_read
 
 
 def check_logits(logits: Any, labels: Any, cu_seqlens: Any, *, sharded: bool) -> None:
@@ -115,7 +122,7 @@ def check_cu_seqlens(cu_seqlens: Any, rows: int, device: torch.device) -> None:
 
 def check_integers(name: str, tensor: Any, shape: tuple[int, ...], device: torch.device) -> None:
     """An integer tensor of exactly this shape on this device."""
-    if not is_dense(tensor) or tensor.dtype not in (torch.int64, torch.int32):
+    if not is_dense(tensor) or tensor.dtype not in _INTEGERS:
         raise TypeError(f"{name} must be an int64 or int32 tensor, got {describe(tensor)}")
     if tensor.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {describe(tensor)}")
@@ -128,7 +135,7 @@ def read_sums(name: str, tensor: Any, size: int, device: torch.device) -> torch.
         return None
     if not is_dense(tensor):
         raise TypeError(f"{name} must be a tensor or None, got {describe(tensor)}")
-    if tensor.dtype not in (torch.float32, torch.float64):
+    if tensor.dtype not in _SUMS:
         raise TypeError(
             f"{name} must be float32 or float64 (a sum over tokens in half precision is off by up to a nat), "
             f"got {describe(tensor)}"
@@ -157,7 +164,7 @@ def read_lengths(lengths: Any, size: int, device: torch.device) -> torch.Tensor 
     return lengths.to(torch.float64, copy=True).contiguous()
 
 
-def check_pairs(name: str, num_sequences: int) -> None:
+def check_even_sequences(name: str, num_sequences: int) -> None:
     """An even number of sequences; ``name`` is the argument that says how many there are."""
     if num_sequences % 2:
         raise ValueError(
@@ -204,7 +211,7 @@ def check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
 
 def values_are_readable(tensor: torch.Tensor) -> bool:
     """Whether looking at values costs no wait for a device and breaks no graph."""
-    return tensor.is_cpu and not torch.compiler.is_compiling()
+    return tensor.is_cpu and not is_compiling()
 
 
 def shortened(values: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""The only file that talks to ``torch.distributed``; without an initialised default group there is one rank."""
+"""The only file of the core that talks to ``torch.distributed``; without an initialised group there is one rank."""
 
 from __future__ import annotations
 

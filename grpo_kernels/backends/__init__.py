@@ -21,10 +21,10 @@ is imported only by ``proof`` and ``tune``, which compare with ``torch_ops`` and
 benchmarks.  Nothing here imports more of the package than ``types``, and no backend another one.  Importing the package
 loads this file and ``boundary.py``; the others load when first needed.
 
-To add a backend, write a module beside this file with the functions of ``Backend``, give it a name and a place in
-``_MODULES``, and see that ``grpo-kernels prove --backend NAME`` passes: the parity tests and the proof take their
-cases from the boundary and so need no change.  "auto" takes it once a run is recorded in ``PROVEN``, or where the
-user's own device has proven it.
+To add a backend, write a module beside this file with the functions of ``Backend`` (``integer_range`` where it takes
+CPU tensors), give it a name and a place in ``_MODULES``, whose order is that of ``auto``, and see that
+``grpo-kernels prove --backend NAME`` passes: the parity tests and the proof take their cases from the boundary and so
+need no change.  "auto" takes it once a run is recorded in ``PROVEN``, or where the user's own device has proven it.
 """
 
 from __future__ import annotations

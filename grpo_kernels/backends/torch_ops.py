@@ -163,8 +163,10 @@ def _value_and_slope(
     d_win, d_lose = -torch.sigmoid(-x), torch.sigmoid(x)
     if loss_type == "sigmoid":
         a, b = 1 - smoothing, smoothing
-    else:  # robust: unbiased under labels flipped with probability `smoothing`
+    elif loss_type == "robust":  # unbiased under labels flipped with probability `smoothing`
         a, b = (1 - smoothing) / (1 - 2 * smoothing), -smoothing / (1 - 2 * smoothing)
+    else:
+        raise ValueError(f"no loss {loss_type!r} here")
     if b == 0:  # not 0 * lose: a rejected reply that is impossible has lose = inf
         return win, beta * d_win
     return a * win + b * lose, beta * (a * d_win + b * d_lose)

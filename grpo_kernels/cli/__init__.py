@@ -241,7 +241,7 @@ def _parse(
     except ImportError as error:
         raise ImportError("the trainer's commands need its packages: pip install 'grpo-kernels[train]'") from error
 
-    from ..trainer.config_file import check_config_file, did_you_mean, is_setting
+    from .config_file import check_config_file, did_you_mean, is_setting
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog="grpo-kernels", usage=usage, description=description, exit_on_error=False)

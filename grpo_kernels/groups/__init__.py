@@ -7,5 +7,5 @@
 
 Imports ``arguments`` and ``distributed`` alone; ``loss`` imports it.  Users take ``GroupWeights`` and
 ``exponentiated_step`` from ``grpo_kernels``.  An uncertainty set (what α is projected onto after a step) belongs here,
-in a file of its own beside ``weights``.
+in a file of its own, applied in ``GroupWeights._move``.
 """

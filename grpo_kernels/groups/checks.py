@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from ..arguments import FLOATS, check_floating, check_number, describe, is_dense, values_are_readable
+from ..arguments import FLOATS, check_floating, describe, is_dense, read_number, values_are_readable
 
 
 def check_in(name: str, value: Any, *, low: float, high: float = math.inf) -> None:
     """A finite number in [low, high]."""
-    if not (low <= check_number(name, value) <= high and math.isfinite(value)):
+    if not (low <= read_number(name, value) <= high and math.isfinite(value)):
         bounds = f"finite and at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
         raise ValueError(f"{name} must be {bounds}, got {value!r}")
 

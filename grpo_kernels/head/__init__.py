@@ -6,7 +6,7 @@
                       ├─ GEMM ──► (rows, tile) logits ─ exponentials, sums ──► GEMM into the gradient of hidden
     W (V, H), bias ───┘             backward: kept tiles, or tiles made again ──► GEMM into the gradient of W
 
-    arguments     reads what a public function was given into one HeadArguments, and is the only place that checks it
+    arguments     reads and checks what a public function was given, once, into one HeadArguments
     functional    the public functions, top-down
     attach        the head inside a model's own forward, by hooks
     autograd      the autograd Function

@@ -1,7 +1,9 @@
 """The arguments of the functions from hidden states, read once: checked, normalised, and immutable from here on.
 
-HeadSettings    what backward needs of a call besides tensors: kept on the autograd node
-HeadArguments   these, and the LossArguments of what is made of the token log-probabilities
+    HeadSettings    what forward and backward need of a call besides tensors; stays on the autograd node
+    HeadArguments   these, and the LossArguments of what is made of the token log-probabilities
+
+A field of HeadSettings also goes through the operators of ``ops.py`` (``to_schema``, ``from_schema``).
 """
 
 from __future__ import annotations
@@ -15,16 +17,16 @@ from ..arguments import (
     check_device,
     check_floating,
     check_integers,
-    check_number,
     check_untransformed,
     describe,
     is_dense,
+    read_number,
 )
 from ..backends import Backend, choose
 from ..loss.arguments import GivenPairs, LossArguments, Pairs, Rows
 from ..loss.ops import pick
 from ..types import UnavailableBackendError
-from ..vocab.shards import Shard, refusing_together, shard_of_weight
+from ..vocab.shards import REFUSALS, Shard, refuse_together, shard_of_weight
 from .plan import accumulation_dtype
 
 _LEAST_SCALE, _MOST_SCALE = 1e-18, 1e18
@@ -43,7 +45,7 @@ class HeadSettings(NamedTuple):
     """0 stands for none."""
     logit_scale: float
     grad: bool
-    """Whether gradients are recorded at all."""
+    """Whether gradients were on when the function was called, which ``ctx.needs_input_grad`` does not say."""
     shard: Shard | None
     """Which tokens the weight's rows are, where ranks share the vocabulary."""
     backend: Backend
@@ -78,12 +80,12 @@ class HeadArguments(NamedTuple):
         vocab_start: Any,
         backend: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, HeadArguments]:
-        """Of :func:`fused_linear_grpo_loss`, or without pairs of the functions for log-probabilities.
+        """Reads the arguments of :func:`fused_linear_grpo_loss`, or without pairs of those for log-probabilities.
 
         Returns (rows, H) hidden too, and weight and contiguous bias as this rank holds them.
         """
         hidden, weight, bias, shard = shard_of_weight(hidden, weight, bias, tp_group, vocab_start)
-        with refusing_together(shard):
+        try:
             _check_tensors(hidden, weight, labels, cu_seqlens, sharded=shard is not None)
             read_pairs = None if pairs is None else Pairs.read(pairs, "hidden", hidden, cu_seqlens)
             _check_bias(bias, weight)
@@ -93,15 +95,20 @@ class HeadArguments(NamedTuple):
             vocabulary = weight.shape[0] if shard is None else None
             rows = Rows.read(labels, vocabulary, ignore_index, shift, cu_seqlens)
             dtype, device = _gemm_dtype(hidden, weight), hidden.device
-            of_tiles = tile_backend(backend, device, dtype)
-            of_pairs = of_tiles if pairs is None else pick(backend, device, accumulation_dtype(dtype))
+            tiles_backend = tile_backend(backend, device, dtype)
+            loss_backend = tiles_backend if pairs is None else pick(backend, device, accumulation_dtype(dtype))
+        except REFUSALS:
+            refuse_together(shard)
+            raise
         grad = torch.is_grad_enabled()
-        differentiable = grad and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+        differentiable = grad and (
+            hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        )
         settings = HeadSettings(
             dtype, ignore_index, num_labelled, memory_budget, float(softcap or 0), float(logit_scale), grad, shard,
-            of_tiles,
+            tiles_backend,
         )  # fmt: skip
-        loss = LossArguments(rows, read_pairs, differentiable, False, of_pairs)
+        loss = LossArguments(rows, read_pairs, differentiable, False, loss_backend)
         hidden, bias = hidden.reshape(-1, hidden.shape[-1]), None if bias is None else bias.contiguous()
         return hidden, weight, bias, cls(loss, settings)
 
@@ -158,11 +165,11 @@ def _check_bias(bias: Any, weight: torch.Tensor) -> None:
 
 
 def _check_logit_options(softcap: Any, logit_scale: Any) -> None:
-    if softcap is not None and not _LEAST_SCALE <= check_number("softcap", softcap) <= _MOST_SCALE:
+    if softcap is not None and not _LEAST_SCALE <= read_number("softcap", softcap) <= _MOST_SCALE:
         raise ValueError(
             f"softcap must be positive, in [{_LEAST_SCALE:g}, {_MOST_SCALE:g}], or None for no cap, got {softcap!r}"
         )
-    if not _LEAST_SCALE <= abs(check_number("logit_scale", logit_scale)) <= _MOST_SCALE:
+    if not _LEAST_SCALE <= abs(read_number("logit_scale", logit_scale)) <= _MOST_SCALE:
         raise ValueError(
             f"logit_scale must be finite and not 0, of a size in [{_LEAST_SCALE:g}, {_MOST_SCALE:g}], "
             f"got {logit_scale!r}"
@@ -173,7 +180,7 @@ def _check_memory_budget(budget: Any) -> None:
     if isinstance(budget, str):
         if budget != "auto":
             raise ValueError(f"memory_budget must be 'auto', bytes or a share of memory, got {budget!r}")
-    elif not check_number("memory_budget", budget) >= 0:
+    elif not read_number("memory_budget", budget) >= 0:
         raise ValueError(f"memory_budget must not be negative, got {budget!r}")
     elif isinstance(budget, float) and budget > 1:
         raise ValueError(

@@ -64,7 +64,7 @@ class FusedHead:
         self._differences: list[float] = []
 
     def remove(self) -> None:
-        """Take every hook off, after which the model is what it was.  Once more is no error."""
+        """Take every hook off, after which the model is what it was.  Calling it again does nothing."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._must_be_last = [], []

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ..loss.autograd import differentiable_once
-from . import ops as linear_ops
+from ..loss.autograd import strictly_once_differentiable
+from . import ops
 from .arguments import HeadArguments, HeadSettings
 
 
@@ -31,7 +31,7 @@ class LinearTokenLogps(torch.autograd.Function):
     ) -> torch.Tensor:
         """(rows, H), (V, H), (V,) and (rows,) int64 → (rows,)."""
         needs = tuple(settings.grad and need for need in ctx.needs_input_grad[:3])
-        logps, *saved = linear_ops.forward(hidden, weight, bias, targets, needs, settings)
+        logps, *saved = ops.forward(hidden, weight, bias, targets, needs, settings)
         if not (needs[1] or needs[2]):
             # Backward will ask for shape and dtype only; what it saves must not keep a frozen head's inputs alive.
             ctx.save_for_backward(hidden.new_empty(()).expand(hidden.shape), None, None, None, *saved)
@@ -41,13 +41,13 @@ class LinearTokenLogps(torch.autograd.Function):
         return logps
 
     @staticmethod
-    @differentiable_once
+    @strictly_once_differentiable
     def backward(ctx: Any, grad_logps: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, targets, index, count_is_right, *saved = ctx.saved_tensors
         if hasattr(ctx, "maybe_clear_saved_tensors"):
             # Unless the graph is retained: a kept tile then goes when it has been used, and its memory to dW.
             ctx.maybe_clear_saved_tensors()
-        grads = linear_ops.backward(
+        grads = ops.backward(
             grad_logps, hidden, weight, bias, targets, index, count_is_right, saved, ctx.needs, ctx.settings
         )
         return (*grads, None, None)
@@ -61,17 +61,17 @@ def _save_compiled(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]
 
 def _backward_compiled(ctx: Any, grads: list[torch.Tensor]) -> tuple[Any, ...]:
     hidden, weight, bias, targets, index, count_is_right, *saved = ctx.saved_tensors
-    results = linear_ops.linear_token_logps_bwd(
+    results = ops.linear_token_logps_bwd(
         grads[0], hidden, weight, bias, targets, index, count_is_right, saved, ctx.needs, *ctx.settings
     )
     results = [grad if need else None for grad, need in zip(results, ctx.needs, strict=True)]
     return (*results, None, None, *(None for _ in ctx.settings))
 
 
-linear_ops.linear_token_logps_fwd.register_autograd(_backward_compiled, setup_context=_save_compiled)
+ops.linear_token_logps_fwd.register_autograd(_backward_compiled, setup_context=_save_compiled)
 
 
-def linear_token_logps(
+def apply_head(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, arguments: HeadArguments
 ) -> torch.Tensor:
     """:class:`LinearTokenLogps`, or under ``torch.compile`` the operators that do the same: (rows,)."""
@@ -79,4 +79,4 @@ def linear_token_logps(
     if not torch.compiler.is_compiling():
         return LinearTokenLogps.apply(hidden, weight, bias, targets, settings)
     needs = [settings.grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    return linear_ops.linear_token_logps_fwd(hidden, weight, bias, targets, needs, *linear_ops.flat(settings))[0]
+    return ops.linear_token_logps_fwd(hidden, weight, bias, targets, needs, *ops.to_schema(settings))[0]

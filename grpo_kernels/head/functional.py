@@ -16,8 +16,8 @@ from ..loss.arguments import GivenPairs
 from ..loss.autograd import SequenceSum
 from ..loss.functional import loss_of_token_logps
 from ..types import IGNORE_INDEX, GroupLossOutput, LossType
-from . import autograd
 from .arguments import HeadArguments
+from .autograd import apply_head
 
 
 def fused_linear_grpo_loss(
@@ -61,13 +61,13 @@ def fused_linear_grpo_loss(
         logit_scale: not 0, of a size in the same range, multiplies the logits before the cap (Cohere; Granite divides
             by its scaling).
         memory_budget: what forward may keep for backward when the head trains: bytes (int; 0 keeps nothing and makes
-            every tile of logits twice), a share of the device's memory (float in [0, 1]), or "auto", a tenth.
+            every tile of logits twice), a fraction of the device's memory (float in [0, 1]), or "auto", a tenth.
         num_labelled: how many labels are scored (after ``shift``), which spares one wait for the device; a wrong
             number makes the result NaN.
         tp_group: process group whose ranks share the vocabulary: ``weight`` (and ``bias``) are this rank's rows of
             the head, everything else is the same on every rank, and so is the result.  The gradient of hidden is
             whole on every rank, that of weight is that of its rows.
-        vocab_start: with ``tp_group``, this rank's first word.  Both are read from a weight that is a DTensor sharded
+        vocab_start: with ``tp_group``, this rank's first token.  Both are read from a weight that is a DTensor sharded
             on dimension 0 over a mesh of one dimension; hidden may then be one of any placement, and is gathered.
         ref_logps, group_ids, group_weights, beta, loss_type, label_smoothing, length_normalize, pair_weights,
             ignore_index, shift, cu_seqlens, backend: as in :func:`fused_grpo_loss`.
@@ -91,7 +91,7 @@ def fused_linear_grpo_loss(
         ignore_index=ignore_index, shift=shift, cu_seqlens=cu_seqlens, tp_group=tp_group, vocab_start=vocab_start,
         backend=backend,
     )  # fmt: skip
-    rows = autograd.linear_token_logps(hidden, weight, bias, arguments)
+    rows = apply_head(hidden, weight, bias, arguments)
     return loss_of_token_logps(rows, arguments.loss)
 
 
@@ -134,7 +134,7 @@ def linear_token_logps(
         ignore_index=ignore_index, shift=shift, cu_seqlens=cu_seqlens, tp_group=tp_group, vocab_start=vocab_start,
         backend=backend,
     )  # fmt: skip
-    return arguments.loss.rows.per_label(autograd.linear_token_logps(hidden, weight, bias, arguments))
+    return arguments.loss.rows.per_label(apply_head(hidden, weight, bias, arguments))
 
 
 def linear_sequence_logps(
@@ -174,4 +174,4 @@ def linear_sequence_logps(
         ignore_index=ignore_index, shift=shift, cu_seqlens=cu_seqlens, tp_group=tp_group, vocab_start=vocab_start,
         backend=backend,
     )  # fmt: skip
-    return SequenceSum.apply(autograd.linear_token_logps(hidden, weight, bias, arguments), arguments.loss.rows)
+    return SequenceSum.apply(apply_head(hidden, weight, bias, arguments), arguments.loss.rows)

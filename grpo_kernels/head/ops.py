@@ -43,7 +43,7 @@ def backward(
 ) -> tuple[Any, ...]:
     """Gradients of hidden, weight and bias, None where they are not needed.
 
-    Of ``hidden``, ``weight`` and ``bias`` a frozen head reads the shape and dtype alone.  Of ``saved`` nothing is left.
+    Of ``hidden``, ``weight`` and ``bias`` a frozen head reads the shape and dtype alone.  Empties ``saved``.
     """
     with torch.autocast(grad_logps.device.type, enabled=False):
         c = grad_logps[index]
@@ -64,7 +64,7 @@ _WHOLE = Shard("", 0)
 """Stands for None in a schema: no group has this name."""
 
 
-def flat(settings: HeadSettings) -> tuple[Any, ...]:
+def to_schema(settings: HeadSettings) -> tuple[Any, ...]:
     """The settings in types that a schema knows; a budget is bytes, a fraction or "auto", a backend its name."""
     backend = cast(OperatorBackend, settings.backend)  # as it is under torch.compile
     return (
@@ -73,7 +73,7 @@ def flat(settings: HeadSettings) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _settings(
+def from_schema(
     device: torch.device,
     dtype: torch.dtype,
     ignore_index: int,
@@ -87,7 +87,7 @@ def _settings(
     vocabulary: int,
     backend: str,
 ) -> HeadSettings:
-    """From :func:`flat`.  Inside a compiled region nothing is proven."""
+    """From :func:`to_schema`.  Inside a compiled region nothing is proven."""
     shard = Shard(group, start, vocabulary) if group else None
     budget, chosen = ast.literal_eval(memory_budget), tile_backend(backend, device, dtype, may_prove=False)
     return HeadSettings(
@@ -119,7 +119,7 @@ def linear_token_logps_fwd(
     vocabulary: int,
     backend: str,
 ) -> list[Tensor]:
-    settings = _settings(
+    settings = from_schema(
         hidden.device, dtype, ignore_index, num_labelled, memory_budget, softcap, logit_scale, grad, group, start,
         vocabulary, backend,
     )  # fmt: skip
@@ -171,7 +171,7 @@ def linear_token_logps_bwd(
     vocabulary: int,
     backend: str,
 ) -> list[Tensor]:
-    settings = _settings(
+    settings = from_schema(
         hidden.device, dtype, ignore_index, num_labelled, memory_budget, softcap, logit_scale, grad, group, start,
         vocabulary, backend,
     )  # fmt: skip

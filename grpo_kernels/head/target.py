@@ -26,7 +26,8 @@ class TargetOdds(NamedTuple):
     target_logit: Tensor
     """z[y]."""
     log_scale: Any
-    """top - log of the sum over all tokens but y: this rank's scale in that of all; None where it has all tokens."""
+    """top - log of the sum over all tokens but y: the log of this rank's scale relative to the whole sum; None where
+    one rank has all tokens."""
 
 
 def target_odds(

@@ -5,7 +5,7 @@
     policy_logps ─────────────────┘
     backward: one number a row, c_t, and one pass over the vocabulary
 
-    arguments    reads what a public function was given into one LossArguments, and is the only place that checks it
+    arguments    reads and checks what a public function was given, once, into one LossArguments
     functional   the public functions, top-down
     pairs        from p_t to losses, slopes and weights, outside of autograd
     autograd     the autograd Functions
@@ -14,7 +14,5 @@
 Imports ``groups``, ``vocab``, ``backends`` and what is below them; ``head`` imports this, never the other way.  Users
 take the public names from ``grpo_kernels``.
 
-To add a loss: its name in ``types.LOSS_TYPES``, its (value, slope) once a backend (``backends/torch_ops.py``,
-``csrc/margin_loss.h``, ``backends/triton/preference_tail.py``), and its equation in ``reference.py``, which the tests
-hold the others to.
+docs/design.md lists what to touch to add a loss or an argument.
 """

@@ -14,27 +14,27 @@ from typing import Any, NamedTuple
 import torch
 
 from ..arguments import (
+    check_even_sequences,
     check_flag,
     check_ignore_index,
     check_integers,
     check_logits,
-    check_loss_settings,
     check_overwrite,
-    check_pairs,
     check_untransformed,
     contiguous,
     describe,
     is_dense,
     read_lengths,
+    read_loss_settings,
     read_sums,
     values_are_readable,
 )
 from ..backends import Backend
 from ..groups.weights import GroupWeights
-from ..types import IGNORE_INDEX, LOSS_TYPES
+from ..types import IGNORE_INDEX
 from ..vocab.labels import check_labels_in_range, integer_range, targets_of
 from ..vocab.parallel import sharded
-from ..vocab.shards import refusing_together, shard_of_logits
+from ..vocab.shards import REFUSALS, refuse_together, shard_of_logits
 from .ops import pick
 
 
@@ -111,24 +111,23 @@ class Pairs(NamedTuple):
 
     @classmethod
     def read(cls, given: GivenPairs, name: str, policy: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> Pairs:
-        """``policy`` is the input of this name, checked: sequences are its first dimension, or ``cu_seqlens`` says."""
+        """``policy`` is the checked input called ``name``; it or ``cu_seqlens`` says how many sequences there are."""
         if cu_seqlens is None:
             num_sequences = policy.shape[0]
         else:
             name, num_sequences = "cu_seqlens", cu_seqlens.shape[0] - 1
-        check_pairs(name, num_sequences)
+        check_even_sequences(name, num_sequences)
         device, num_pairs, normalize = policy.device, num_sequences // 2, given.length_normalize
         ref_logps = read_sums("ref_logps", given.ref_logps, num_sequences, device)
-        num_groups = _num_groups(given.group_weights, device)
+        num_groups = _read_num_groups(given.group_weights, device)
         group_ids = _read_group_ids(given.group_ids, num_pairs, num_groups, device)
-        check_loss_settings(given.beta, given.loss_type, given.label_smoothing)
+        beta, loss_type, label_smoothing = read_loss_settings(given.beta, given.loss_type, given.label_smoothing)
         check_flag("length_normalize", normalize)
         lengths = read_lengths(given.lengths, num_sequences, device)
         pair_weights = read_sums("pair_weights", given.pair_weights, num_pairs, device)
         return cls(
             num_pairs, num_groups, ref_logps, group_ids, given.group_weights, pair_weights,
-            LOSS_TYPES.index(given.loss_type), float(given.beta), float(given.label_smoothing),
-            normalize or lengths is not None, lengths,
+            loss_type, beta, label_smoothing, normalize or lengths is not None, lengths,
         )  # fmt: skip
 
 
@@ -158,19 +157,24 @@ class LossArguments(NamedTuple):
         vocab_start: Any,
         backend: Any,
     ) -> tuple[torch.Tensor, LossArguments]:
-        """Of :func:`fused_grpo_loss`, or without pairs of :func:`token_logps` and :func:`sequence_logps`.
+        """Reads the arguments of :func:`fused_grpo_loss`, or without pairs of the functions for log-probabilities.
 
         Returns the logits too: this rank's part of them, last stride 1.
         """
         given = logits
         logits, shard = shard_of_logits(logits, tp_group, vocab_start)
-        with refusing_together(shard):
+        try:
             check_logits(logits, labels, cu_seqlens, sharded=shard is not None)
             read_pairs = None if pairs is None else Pairs.read(pairs, "logits", logits, cu_seqlens)
             vocabulary = logits.shape[-1] if shard is None else None
             rows = Rows.read(labels, vocabulary, ignore_index, shift, cu_seqlens)
             check_overwrite(overwrite_logits, given, logits)
-            chosen = sharded(pick(backend, logits.device, logits.dtype), shard)
+            chosen = pick(backend, logits.device, logits.dtype)
+            if shard is not None:
+                chosen = sharded(chosen, shard)
+        except REFUSALS:
+            refuse_together(shard)
+            raise
         if logits.stride(-1) != 1 and logits.shape[-1] != 1:
             logits = logits.contiguous()
         differentiable = torch.is_grad_enabled() and logits.requires_grad
@@ -178,7 +182,7 @@ class LossArguments(NamedTuple):
 
     @classmethod
     def from_logps(cls, policy_logps: Any, pairs: GivenPairs, *, backend: Any) -> tuple[torch.Tensor, LossArguments]:
-        """Of :func:`preference_loss`: each sequence is one row, whose log-probability is given.
+        """Reads the arguments of :func:`preference_loss`: each sequence is one row, whose log-probability is given.
 
         Returns the log-probabilities too, contiguous.
         """
@@ -195,7 +199,7 @@ class LossArguments(NamedTuple):
         return policy_logps.contiguous(), cls(rows, read_pairs, differentiable, False, chosen)
 
 
-def _num_groups(group_weights: Any, device: torch.device) -> int:
+def _read_num_groups(group_weights: Any, device: torch.device) -> int:
     """G, of a GroupWeights or a (G,) tensor on this device."""
     if isinstance(group_weights, GroupWeights):
         num_groups, weights_device = group_weights.num_groups, group_weights.log_alpha.device

@@ -20,10 +20,10 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .arguments import LossArguments, Rows
-from .pairs import PairLosses
+from .pairs import PairResults
 
 
-def differentiable_once(backward: Any) -> Any:
+def strictly_once_differentiable(backward: Any) -> Any:
     """``once_differentiable``, in earnest.
 
     PyTorch's own refuses a second derivative only where an incoming gradient requires grad.  That of a loss does not,
@@ -52,7 +52,7 @@ class TokenLogps(torch.autograd.Function):
         return logps
 
     @staticmethod
-    @differentiable_once
+    @strictly_once_differentiable
     def backward(ctx: Any, grad_logps: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         logits, targets, lse = ctx.saved_tensors
         return _logits_gradient(ctx, grad_logps, logits, targets, lse), None
@@ -63,21 +63,20 @@ class PreferenceLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, token_logps: torch.Tensor, losses: PairLosses, rows: Rows
+        ctx: Any, token_logps: torch.Tensor, results: PairResults, rows: Rows
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.save_for_backward(losses.slopes, losses.weights, losses.lengths, rows.cu_seqlens)
+        ctx.save_for_backward(results.slopes, results.weights, results.lengths, rows.cu_seqlens)
         ctx.num_rows = rows.num_rows
         ctx.set_materialize_grads(False)
-        # Detached, because an input that is handed back would be taken for a view.
-        return losses.loss.detach(), losses.policy_logps.detach()
+        return results.loss, results.policy_logps
 
     @staticmethod
-    @differentiable_once
+    @strictly_once_differentiable
     def backward(
         ctx: Any, grad_loss: torch.Tensor | None, grad_policy_logps: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        slopes = Slopes(*ctx.saved_tensors)
-        return slopes.row_coefficients(grad_loss, grad_policy_logps, ctx.num_rows), None, None
+        saved = SavedForLoss(*ctx.saved_tensors)
+        return saved.grad_token_logps(grad_loss, grad_policy_logps, ctx.num_rows), None, None
 
 
 class FusedLoss(torch.autograd.Function):
@@ -88,21 +87,28 @@ class FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, lse: torch.Tensor, losses: PairLosses, arguments: LossArguments
+        ctx: Any,
+        logits: torch.Tensor,
+        logps_lse: tuple[torch.Tensor, torch.Tensor],
+        results: PairResults,
+        arguments: LossArguments,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = arguments.rows
-        ctx.save_for_backward(logits, rows.targets, lse, losses.slopes, losses.weights, losses.lengths, rows.cu_seqlens)
+        """``logps_lse`` as from :func:`logps_and_lse`; a tuple, since autograd looks at every tensor it is passed."""
+        (_, lse), rows = logps_lse, arguments.rows
+        ctx.save_for_backward(
+            logits, rows.targets, lse, results.slopes, results.weights, results.lengths, rows.cu_seqlens
+        )
         _keep_settings(ctx, arguments)
         ctx.set_materialize_grads(False)
-        return losses.loss.detach(), losses.policy_logps.detach()
+        return results.loss, results.policy_logps
 
     @staticmethod
-    @differentiable_once
+    @strictly_once_differentiable
     def backward(
         ctx: Any, grad_loss: torch.Tensor | None, grad_policy_logps: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        logits, targets, lse, *slopes = ctx.saved_tensors
-        grad = Slopes(*slopes).row_coefficients(grad_loss, grad_policy_logps, targets.shape[0])
+        logits, targets, lse, *saved = ctx.saved_tensors
+        grad = SavedForLoss(*saved).grad_token_logps(grad_loss, grad_policy_logps, targets.shape[0])
         if grad is not None:
             grad = _logits_gradient(ctx, grad, logits, targets, lse)
         return grad, None, None, None
@@ -125,7 +131,7 @@ class SequenceSum(torch.autograd.Function):
         return sums.to(values.dtype)
 
     @staticmethod
-    @differentiable_once
+    @strictly_once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (cu_seqlens,) = ctx.saved_tensors
         return _expand(grad, cu_seqlens, ctx.num_rows), None
@@ -135,7 +141,8 @@ def logps_and_lse(logits: torch.Tensor, arguments: LossArguments) -> tuple[torch
     """(rows,) log-probability of each row's target and (rows,) logsumexp, outside of autograd."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     rows = arguments.rows
-    logps, lse = logits.new_empty(rows.num_rows, dtype=dtype), logits.new_empty(rows.num_rows, dtype=dtype)
+    logps = logits.new_empty(rows.num_rows, dtype=dtype)
+    lse = torch.empty_like(logps)
     arguments.backend.token_logps_fwd(_block(logits), rows.targets, logps, lse, ignore_index=rows.ignore_index)
     return logps, lse
 
@@ -162,7 +169,7 @@ def _logits_gradient(
     return grad
 
 
-class Slopes(NamedTuple):
+class SavedForLoss(NamedTuple):
     """The saved tensors that lead from the gradient of the loss back to the rows, in the order they are saved in."""
 
     slopes: torch.Tensor
@@ -173,7 +180,7 @@ class Slopes(NamedTuple):
     """(2B,) float64, where it normalises."""
     cu_seqlens: torch.Tensor | None
 
-    def row_coefficients(
+    def grad_token_logps(
         self, grad_loss: torch.Tensor | None, grad_policy_logps: torch.Tensor | None, num_rows: int
     ) -> torch.Tensor | None:
         """(rows,) c_t, from the gradients of the loss and of the sequences' log-probabilities."""

@@ -16,7 +16,7 @@ from ..groups.weights import GroupWeights
 from ..types import IGNORE_INDEX, GroupLossOutput, LossType
 from .arguments import GivenPairs, LossArguments
 from .autograd import FusedLoss, PreferenceLoss, SequenceSum, TokenLogps, logps_and_lse
-from .pairs import pair_losses
+from .pairs import pair_results
 
 
 def fused_grpo_loss(
@@ -48,7 +48,7 @@ def fused_grpo_loss(
             and then the B rejected; or (rows, V) packed, with ``cu_seqlens``.
         labels: int64 or int32, shape of logits without V: token ids, ``ignore_index`` at prompt and padding.
         ref_logps: (2B,) float32 or float64 summed log-probabilities of the reference in nats; None for zeros.
-        group_ids: (B,) int64 or int32 in [0, G).
+        group_ids: (B,) int64 or int32 in [0, G): index into ``group_weights.names``.
         group_weights: a :class:`GroupWeights` (training mode with gradients: it observes this batch, steps, and the
             *new* weights are used; else it is read), or a plain (G,) tensor w used as given.
         beta: > 0, temperature of the preference model.
@@ -60,9 +60,9 @@ def fused_grpo_loss(
         shift: position t-1 predicts label t (Hugging Face); False where logits and labels are aligned already.
         cu_seqlens: (2B+1,) int32, sequence i is rows [cu[i], cu[i+1]); None for padded input.
         overwrite_logits: let backward write the gradient over the logits instead of into new memory.
-        tp_group: process group whose ranks share the vocabulary: the logits are this rank's words of it, everything
+        tp_group: process group whose ranks share the vocabulary: the logits are this rank's tokens of it, everything
             else is the same on every rank, and so is the result.  A shard that is -inf throughout makes its row NaN.
-        vocab_start: with ``tp_group``, this rank's first word.  Both are read from logits that are a DTensor sharded
+        vocab_start: with ``tp_group``, this rank's first token.  Both are read from logits that are a DTensor sharded
             on their last dimension over a mesh of one dimension.
         backend: "auto", or a name of :func:`available_backends`.
 
@@ -84,9 +84,9 @@ def fused_grpo_loss(
         ignore_index=ignore_index, shift=shift, cu_seqlens=cu_seqlens, overwrite_logits=overwrite_logits,
         tp_group=tp_group, vocab_start=vocab_start, backend=backend,
     )  # fmt: skip
-    token_rows, lse = logps_and_lse(logits.detach(), arguments)
-    losses = pair_losses(token_rows, arguments)
-    return losses.output(*FusedLoss.apply(logits, lse, losses, arguments))
+    logps_lse = logps_and_lse(logits.detach(), arguments)
+    results = pair_results(logps_lse[0], arguments)
+    return results.output(*FusedLoss.apply(logits, logps_lse, results, arguments))
 
 
 def preference_loss(
@@ -102,7 +102,7 @@ def preference_loss(
     pair_weights: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> GroupLossOutput:
-    """Group-robust preference loss for who has sequence log-probabilities already.
+    """Group-robust preference loss for those who have sequence log-probabilities already.
 
         loss = (1/B) sum_i w[g_i] l(m_i)
 
@@ -197,5 +197,5 @@ def sequence_logps(
 
 def loss_of_token_logps(token_logps: torch.Tensor, arguments: LossArguments) -> GroupLossOutput:
     """The loss as a function of (rows,) token log-probabilities, whoever made them; not public."""
-    losses = pair_losses(token_logps.detach(), arguments)
-    return losses.output(*PreferenceLoss.apply(token_logps, losses, arguments.rows))
+    results = pair_results(token_logps.detach(), arguments)
+    return results.output(*PreferenceLoss.apply(token_logps, results, arguments.rows))

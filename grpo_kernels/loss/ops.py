@@ -10,6 +10,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..backends import Backend, choose
 
@@ -101,12 +102,6 @@ class OperatorBackend:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def unavailable_reason(self) -> str | None:
-        return None
-
-    def unsupported_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        return None
-
     def token_logps_fwd(self, logits, targets, logps, lse, *, ignore_index) -> None:
         torch.ops.grpo_kernels.token_logps_fwd(logits, targets, logps, lse, ignore_index, self.name)
 
@@ -124,6 +119,6 @@ class OperatorBackend:
 
 def pick(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     """The backend itself in eager mode, its operators under ``torch.compile``; raises as ``choose`` does."""
-    if torch.compiler.is_compiling():
-        return cast(Backend, OperatorBackend(name))  # the head has operators of its own: linear_ops.py
+    if is_compiling():
+        return cast(Backend, OperatorBackend(name))  # the head has operators of its own: head/ops.py
     return choose(name, device, dtype)

@@ -16,7 +16,7 @@ from ..types import GroupLossOutput
 from .arguments import LossArguments, Pairs
 
 
-class PairLosses(NamedTuple):
+class PairResults(NamedTuple):
     """What is computed of B pairs: the output, and what the gradient needs.  Dtype that of the log-probabilities."""
 
     loss: torch.Tensor
@@ -51,18 +51,20 @@ class PairLosses(NamedTuple):
         )  # fmt: skip
 
 
-def pair_losses(token_logps: torch.Tensor, arguments: LossArguments) -> PairLosses:
+def pair_results(token_logps: torch.Tensor, arguments: LossArguments) -> PairResults:
     """(rows,) log-probabilities, detached → everything about the pairs; α takes its step in between, if it moves."""
-    rows, pairs, backend = arguments.rows, cast(Pairs, arguments.pairs), arguments.backend
+    rows, backend = arguments.rows, arguments.backend
+    pairs = cast(Pairs, arguments.pairs)
+    num_pairs, num_groups = pairs.num_pairs, pairs.num_groups
     targets, lengths = None, pairs.lengths
     if pairs.length_normalize and lengths is None:
-        targets, lengths = rows.targets, token_logps.new_empty(2 * pairs.num_pairs, dtype=torch.float64)
-    policy_logps, rewards = token_logps.new_empty(2 * pairs.num_pairs), token_logps.new_empty(2 * pairs.num_pairs)
-    margins, losses = token_logps.new_empty(pairs.num_pairs), token_logps.new_empty(pairs.num_pairs)
-    slopes, weights = token_logps.new_empty(pairs.num_pairs), token_logps.new_empty(pairs.num_pairs)
-    group_sums = token_logps.new_empty(pairs.num_groups, dtype=torch.float64)
-    group_counts = token_logps.new_empty(pairs.num_groups, dtype=torch.int64)
-    group_losses, loss = token_logps.new_empty(pairs.num_groups), token_logps.new_empty(())
+        targets, lengths = rows.targets, token_logps.new_empty(2 * num_pairs, dtype=torch.float64)
+    policy_logps, losses = token_logps.new_empty(2 * num_pairs), token_logps.new_empty(num_pairs)
+    group_losses, loss = token_logps.new_empty(num_groups), token_logps.new_empty(())
+    rewards = torch.empty_like(policy_logps)
+    margins, slopes, weights = torch.empty_like(losses), torch.empty_like(losses), torch.empty_like(losses)
+    group_sums = token_logps.new_empty(num_groups, dtype=torch.float64)
+    group_counts = token_logps.new_empty(num_groups, dtype=torch.int64)
     backend.preference_tail(
         token_logps, targets, rows.cu_seqlens, pairs.ref_logps, pairs.group_ids, pairs.pair_weights,
         policy_logps, lengths, margins, rewards, losses, slopes, group_sums, group_counts, group_losses,
@@ -75,12 +77,12 @@ def pair_losses(token_logps: torch.Tensor, arguments: LossArguments) -> PairLoss
             _refuse_recomputation()
             group_weights.observe_and_step(group_sums, group_counts, losses)
         alpha = group_weights.weights
-        by_group, used = (alpha / group_weights.sampling_probs).to(loss.dtype), alpha.to(loss.dtype)
+        loss_weights, reported = (alpha / group_weights.sampling_probs).to(loss.dtype), alpha.to(loss.dtype)
     else:
-        by_group = used = contiguous(group_weights.detach(), loss.dtype)
-    backend.robust_loss(losses, pairs.group_ids, by_group, weights, loss)
-    return PairLosses(
-        loss, policy_logps, losses, slopes, weights, lengths, margins, rewards, group_losses, group_counts, used
+        loss_weights = reported = contiguous(group_weights.detach(), loss.dtype)
+    backend.robust_loss(losses, pairs.group_ids, loss_weights, weights, loss)
+    return PairResults(
+        loss, policy_logps, losses, slopes, weights, lengths, margins, rewards, group_losses, group_counts, reported
     )
 
 

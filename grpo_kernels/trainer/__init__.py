@@ -1,13 +1,13 @@
 """The thin trainer: one readable loop over any ``transformers`` causal LM, for preference pairs in groups.
 
-For who has a loop of his own: :func:`read_pairs` and :func:`tokenize_pairs` make a data set with groups,
+For those who have a loop of their own: :func:`read_pairs` and :func:`tokenize_pairs` make a data set with groups,
 :class:`PreferenceCollator` makes batches of it, and :func:`make_sampler` draws them and tells ``GroupWeights`` its q.
 
 The parts, and who may import whom::
 
     setting_types ← config ← {data, model} ← run ← {inputs, supervised, evaluation, report} ← {loop, evaluate_model}
 
-``loop.py`` is the place to begin, ``config.py`` has every setting; ``config_file.py`` stands alone.
+``loop.py`` is the place to begin, ``config.py`` has every setting.
 """
 
 from .config import TrainConfig

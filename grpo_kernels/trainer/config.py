@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..arguments import check_loss_settings
+from ..arguments import read_loss_settings
 from ..types import LossType
 from .setting_types import check_types
 
@@ -273,7 +273,7 @@ def check_loss(loss: LossConfig) -> None:
         TypeError, ValueError: naming the setting.
     """
     try:
-        check_loss_settings(loss.beta, loss.type, loss.label_smoothing)
+        read_loss_settings(loss.beta, loss.type, loss.label_smoothing)
     except (TypeError, ValueError) as error:
         raise type(error)(f"loss.{error}") from None
 

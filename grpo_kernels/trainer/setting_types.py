@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from ..arguments import check_flag, check_number, describe
+from ..arguments import check_flag, describe, read_number
 
 
 def check_types(settings: Any, prefix: str = "") -> None:
@@ -61,7 +61,7 @@ def _check(name: str, value: Any, hint: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} must be an int, got {describe(value)}")
     elif hint is float:
-        if not math.isfinite(check_number(name, value)):
+        if not math.isfinite(read_number(name, value)):
             raise ValueError(f"{name} must be finite, got {value!r}")
     else:
         _check_text(name, value)

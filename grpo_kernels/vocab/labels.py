@@ -20,7 +20,7 @@ def integer_range(integers: torch.Tensor, ignored: int = 0) -> tuple[int, int]:
 
 
 def check_labels_in_range(labels: torch.Tensor, vocabulary: int, ignore_index: int) -> None:
-    """Labels in [0, V) or ``ignore_index``, where nothing predicts them too; on CPU."""
+    """Labels in [0, V) or ``ignore_index``, also at positions that no row predicts; on CPU."""
     if not values_are_readable(labels):
         return
     low, high = integer_range(labels, ignore_index)

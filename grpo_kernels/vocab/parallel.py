@@ -78,9 +78,9 @@ def _fingerprint(targets: Tensor) -> Tensor:
     return torch.stack([mixed & 0xFFFFFF, (mixed >> 24) & 0xFFFFFF]).unsqueeze(1)
 
 
-def sharded(backend: Backend, shard: Shard | None) -> Backend:
-    """The backend for logits that are this rank's tokens; itself where it has them all."""
-    return backend if shard is None else cast(Backend, ShardedBackend(backend, shard))
+def sharded(backend: Backend, shard: Shard) -> Backend:
+    """The backend for logits that are this rank's tokens."""
+    return cast(Backend, ShardedBackend(backend, shard))
 
 
 class ShardedBackend:
@@ -92,12 +92,6 @@ class ShardedBackend:
 
     def __init__(self, backend: Backend, shard: Shard) -> None:
         self._backend, self._shard = backend, shard
-
-    def unavailable_reason(self) -> str | None:
-        return self._backend.unavailable_reason()
-
-    def unsupported_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        return self._backend.unsupported_reason(device, dtype)
 
     def preference_tail(self, *tensors, **settings) -> None:
         self._backend.preference_tail(*tensors, **settings)

@@ -88,13 +88,23 @@ def _shard_of_group(tp_group: Any, vocab_start: Any) -> Shard | None:
         raise TypeError(
             f"tp_group must be None or a group of torch.distributed that this rank belongs to, got {describe(tp_group)}"
         )
+    try:
+        _check_start(vocab_start)
+    except REFUSALS:
+        refuse_together(Shard(tp_group.group_name, 0))
+        raise
+    return Shard(tp_group.group_name, vocab_start)
+
+
+def _check_start(vocab_start: Any) -> None:
     if vocab_start is None:
         raise ValueError("vocab_start must be given with tp_group: this rank's first word in the whole vocabulary")
     if isinstance(vocab_start, bool) or not isinstance(vocab_start, int):
         raise TypeError(f"vocab_start must be an int, got {describe(vocab_start)}")
-    if not 0 <= vocab_start < 2**53:
+    if vocab_start < 0:
         raise ValueError(f"vocab_start must not be negative, got {describe(vocab_start)}")
-    return Shard(tp_group.group_name, vocab_start)
+    if vocab_start >= 2**53:
+        raise ValueError(f"vocab_start must be below 2^53, got {describe(vocab_start)}")
 
 
 def _refuse_both(name: str, tp_group: Any, vocab_start: Any) -> None:
@@ -120,17 +130,14 @@ def _describe(tensor: Any) -> str:
     return f"a DTensor of shape {tuple(tensor.shape)}, placements {tensor.placements} on {tensor.device_mesh}"
 
 
-class refusing_together:
-    """Within the block, arguments that this rank refuses are refused by all: the others are waiting to hear from it."""
+REFUSALS = (TypeError, ValueError, UnavailableBackendError)
+"""What arguments that are wrong raise."""
 
-    def __init__(self, shard: Shard | None) -> None:
-        self._shard = shard
 
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (TypeError, ValueError, UnavailableBackendError)) and self._shard is not None:
-            distributed.gather_numbers([1.0] + [0.0] * (2 + len(FACTS)), self._shard.group)
+def refuse_together(shard: Shard | None) -> None:
+    """Tell the other ranks, who are waiting to hear from this one, that it has refused its arguments."""
+    if shard is not None:
+        distributed.gather_numbers([1.0] + [0.0] * (2 + len(FACTS)), shard.group)
 
 
 def agree(shard: Shard, num_tokens: int, facts: Mapping[str, float]) -> list[TokenRange]:

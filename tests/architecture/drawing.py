@@ -27,10 +27,9 @@ head ← public names ← trainer ← integrations
 """What may import what: whatever stands further right on a line imports what stands further left, never the other way
 round, and names in one pair of braces do not import each other unless a line of their own says so."""
 
-TRAINER = (
-    "{setting_types, config_file} ← config ← {data, model} ← run ← {inputs, supervised, evaluation, report} "
-    "← {loop, evaluate_model}"
-)
+TRAINER = """\
+setting_types ← config ← {data, model} ← run ← {inputs, supervised, evaluation, report} ← {loop, evaluate_model}
+"""
 """The same inside ``trainer``, of its files and folders."""
 
 PAGE = ROOT / "docs" / "design.md"

@@ -94,6 +94,8 @@ REFUSED = {
     "refused": (other("logit_scale", 0), "logit_scale must be finite"),
     "refused shape": (other("labels", lambda labels: labels[:1]), r"labels must have shape \(2, 5\)"),
     "refused backend": (other("backend", "cuda"), "backend='cuda' cannot be used here"),
+    "refused start": (other("vocab_start", -1), "vocab_start must not be negative"),
+    "refused start's type": (other("vocab_start", "8"), "vocab_start must be an int"),
     "refused bias": (other("bias", torch.ones(3)), r"bias must have shape \(8,\)"),
 }
 

@@ -13,16 +13,21 @@ from helpers import IGNORE, make_batch
 
 import grpo_kernels
 from grpo_kernels import GroupWeights, available_backends, linear_token_logps
+from grpo_kernels.backends import choose
 from grpo_kernels.head import arguments as head_arguments
 from grpo_kernels.head.arguments import HeadArguments
+from grpo_kernels.head.ops import from_schema, to_schema
 from grpo_kernels.loss import arguments as loss_arguments
 from grpo_kernels.loss.arguments import GivenPairs, LossArguments
+from grpo_kernels.loss.ops import OperatorBackend
 from grpo_kernels.types import LOSS_TYPES
+from grpo_kernels.vocab.shards import Shard
 
 GOOD = make_batch(dtype=torch.float32)  # 4 pairs, 7 tokens, 13 tokens of vocabulary, 3 groups
 PACKED = make_batch(packed=True, dtype=torch.float32)
 LAYOUT = {"ignore_index": IGNORE, "shift": True, "cu_seqlens": None, "tp_group": None, "vocab_start": None}
 LAYOUT["backend"] = "torch"
+CPU = torch.device("cpu")
 HIDDEN, WEIGHT, BIAS = torch.randn(8, 7, 5), torch.randn(13, 5), torch.randn(13)
 HEAD = {"bias": None, "softcap": None, "logit_scale": 1.0, "memory_budget": "auto", "num_labelled": None, **LAYOUT}
 
@@ -175,6 +180,24 @@ def test_what_backward_keeps_of_a_head_holds_no_tensor():
     assert not [field for field, value in settings._asdict().items() if isinstance(value, torch.Tensor)]
 
 
+SETTINGS = {
+    "dtype": torch.float64, "ignore_index": -7, "num_labelled": 3, "memory_budget": 0.25, "softcap": 2.0,
+    "logit_scale": 0.5, "grad": False, "shard": Shard("a group", 8, 16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", [*SETTINGS, "nothing"])
+def test_every_setting_of_the_head_reaches_a_compiled_step(field):
+    """So that none is dropped between the caller and the operators."""
+    plain = from_hidden()[3].settings
+    assert set(plain._fields) == {*SETTINGS, "backend", "separate_tiles"}
+    settings = plain._replace(**{field: SETTINGS[field]} if field in SETTINGS else {})
+    named = settings._replace(backend=OperatorBackend("torch"))
+    arrived = from_schema(CPU, *to_schema(named))
+    assert arrived == settings._replace(backend=choose("torch", CPU, settings.dtype), separate_tiles=False)
+    assert field == "nothing" or arrived != plain._replace(separate_tiles=False)
+
+
 # ---- each argument once
 
 
@@ -218,7 +241,7 @@ CALLS = {
 def test_every_check_runs_once_and_none_in_backward(checked, name):
     loss = CALLS[name](getattr(grpo_kernels, name))
     assert checked
-    shared = {("check_device", None), ("check_number", None)}  # parts of other checks
+    shared = {("check_device", None), ("read_number", None)}  # parts of other checks
     assert {key: n for key, n in checked.items() if n > 1 and key not in shared} == {}
     before = checked.copy()
     loss.backward()

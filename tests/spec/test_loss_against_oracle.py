@@ -6,7 +6,9 @@ import pytest
 import torch
 from helpers import LOSSES, assert_close, make_batch, same_bits
 
-from grpo_kernels import fused_grpo_loss, preference_loss, reference, sequence_logps
+from grpo_kernels import arguments, available_backends, fused_grpo_loss, preference_loss, reference, sequence_logps
+from grpo_kernels.backends import torch_ops
+from grpo_kernels.types import LOSS_TYPES
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "pair_weights"])
@@ -112,3 +114,13 @@ def test_small_margins_of_long_replies_are_not_lost():
     truth = reference.sequence_sums(reference.token_logps(logits.double(), labels, shift=False))
     # A token is off by at most about an ulp of 8; errors of that size add up like a random walk.
     assert (sums - truth).abs().max() < torch.finfo(torch.float32).eps * (truth.abs().max() + 8 * 20_000**0.5)
+
+
+@pytest.mark.parametrize("backend", [name for name in ("torch", "cpu") if available_backends()[name] is None])
+def test_a_loss_that_a_backend_lacks_is_an_error_and_not_another_loss(backend, monkeypatch):
+    """As when one is added to the names first."""
+    monkeypatch.setattr(arguments, "LOSS_TYPES", (*LOSS_TYPES, "newest"))
+    monkeypatch.setattr(torch_ops, "LOSS_TYPES", (*LOSS_TYPES, "newest"))
+    logps, ids = torch.tensor([-1.0, -2.0]), torch.tensor([0])
+    with pytest.raises(ValueError, match=r"newest|loss"):
+        preference_loss(logps, None, ids, torch.ones(1), loss_type="newest", backend=backend)

@@ -30,6 +30,7 @@ from .launch import on_device_of, register_limit
 from .table import ROBUST_LOSS_BLOCK, ROBUST_LOSS_WARPS, tail_options, tail_registers
 
 _SIGMOID = tl.constexpr(LOSS_TYPES.index("sigmoid"))
+_ROBUST = tl.constexpr(LOSS_TYPES.index("robust"))
 _HINGE = tl.constexpr(LOSS_TYPES.index("hinge"))
 _IPO = tl.constexpr(LOSS_TYPES.index("ipo"))
 
@@ -82,6 +83,7 @@ def _value_and_slope(margin, beta, half_inverse_beta, smoothing, LOSS_TYPE: tl.c
             a = 1 - smoothing
             b = smoothing
         else:  # robust: unbiased under labels flipped with probability `smoothing`
+            tl.static_assert(LOSS_TYPE == _ROBUST, "this backend has no such loss")
             a = (1 - smoothing) / (1 - 2 * smoothing)
             b = -smoothing / (1 - 2 * smoothing)
         # Not 0 * softplus: a rejected reply that is impossible has softplus(x) = inf.

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from trl import DPOConfig
 
 from ... import GroupWeights, available_backends
-from ...arguments import check_loss_settings
+from ...arguments import read_loss_settings
 from ...types import LossType
 
 LOSSES: dict[str, tuple[LossType, bool]] = {
@@ -155,7 +155,7 @@ def loss_settings(args: Any) -> LossSettings:
         if value != wanted:
             raise ValueError(f"{name} must be {wanted!r} for group-robust training ({why}), got {value!r}")
     loss_type, by_length = LOSSES[kinds[0]]
-    check_loss_settings(args.beta, loss_type, args.label_smoothing)
+    read_loss_settings(args.beta, loss_type, args.label_smoothing)
     if args.length_normalize is not None:
         if kinds[0] == "sigmoid_norm" and not args.length_normalize:
             raise ValueError("length_normalize must not be False with loss_type 'sigmoid_norm'; that is 'sigmoid'")

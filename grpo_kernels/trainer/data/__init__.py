@@ -8,10 +8,11 @@ Each file uses those before it, and of the trainer's other parts only the config
     collator       PreferenceCollator: some of these → the tensors of a step
     sampling       which pairs make batch number k; knows group ids alone, and none of the files above
 
-A column more (a weight of each pair, say) takes: the field's name in ``DataConfig`` and ``check_data``
+To add a column (a weight of each pair, say): the field's name in ``DataConfig`` and ``check_data``
 (``trainer/config.py``), from which the command line has its flag; ``_fields``, ``_pair`` and :class:`Pair` in
-``reading.py``; :class:`TokenizedPair`, ``tokenize_pairs`` and ``PairDataset.fingerprint``, by which a resumed run
-notices other data, in ``dataset.py``; and a tensor in ``collator.py``, which ``model/scoring.py`` finds in its batch.
+``reading.py``; :class:`TokenizedPair`, ``tokenize_pairs`` and ``PairDataset.fingerprint``, by which a resumed run and
+the reference cache notice other data, in ``dataset.py``; a tensor in ``collator.py``; and what ``group_loss`` in
+``model/scoring.py`` does with it, in training and in evaluation.
 """
 
 from .collator import PreferenceCollator
