@@ -23,7 +23,7 @@ HALF, SINGLE = 2, 4
 """Bytes of a bfloat16 and of a float32."""
 
 TILE_BYTES, LEAST_WORDS, MOST_WORDS = 32 << 20, 512, 16384
-"""Of the head's working tile, as ``linear_plan`` cuts it."""
+"""Of the head's working tile, as ``head/plan.py`` cuts it."""
 
 GPU_MEMORY = 80e9
 NEAR, FAR = 400e9, 50e9

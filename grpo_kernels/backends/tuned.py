@@ -35,7 +35,7 @@ MOST_THREADS = 1024
 LARGEST_BLOCK = 1 << 14
 """Elements.  Larger ones would want more shared memory than every GPU has, and twice the registers."""
 MOST_TILE_WORDS = 1 << 14
-"""As ``linear_plan`` has it, which holds every width inside its own bounds again."""
+"""As ``head/plan.py`` has it, which holds every width inside its own bounds again."""
 MOST_ROW_CHUNK = 1 << 26
 NEAR_WORDS, NEAR_ROWS = 2, 4
 """An entry for so many words of a tile, or rows of the head, serves others within this factor where it is nearest."""

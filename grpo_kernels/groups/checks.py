@@ -133,15 +133,15 @@ def _listed(group_sizes: Any) -> list[Any]:
     return list(sizes)
 
 
-def prior_of(prior: Any, share: torch.Tensor) -> torch.Tensor:
-    """(G,) float64 prior; ``share`` is N_g / N."""
+def prior_of(prior: Any, fractions: torch.Tensor) -> torch.Tensor:
+    """(G,) float64 prior; ``fractions`` is N_g / N."""
     if isinstance(prior, str):
         if prior == "uniform":
-            return torch.full_like(share, 1 / len(share))
+            return torch.full_like(fractions, 1 / len(fractions))
         if prior == "proportional":
-            return share.clone()
-        raise ValueError(f"prior must be 'uniform', 'proportional' or {len(share)} numbers, got {prior!r}")
-    return simplex("prior", prior, len(share))
+            return fractions.clone()
+        raise ValueError(f"prior must be 'uniform', 'proportional' or {len(fractions)} numbers, got {prior!r}")
+    return simplex("prior", prior, len(fractions))
 
 
 def simplex(name: str, values: Any, groups: int) -> torch.Tensor:

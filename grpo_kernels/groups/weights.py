@@ -66,20 +66,10 @@ def exponentiated_step(
     """
     check_step(log_alpha, group_losses, group_lr, adjustment)
     rate, extra = (x if isinstance(x, torch.Tensor) else float(x) for x in (group_lr, adjustment))
-    return _stepped(log_alpha, group_losses, rate, extra)
-
-
-def _stepped(
-    log_alpha: torch.Tensor,
-    group_losses: torch.Tensor,
-    group_lr: float | torch.Tensor,
-    adjustment: float | torch.Tensor,
-) -> torch.Tensor:
-    """:func:`exponentiated_step` of arguments that are checked."""
     ascent = group_losses if group_losses.dtype is log_alpha.dtype else group_losses.to(log_alpha.dtype)
-    if isinstance(adjustment, torch.Tensor) or adjustment:
-        ascent = ascent + adjustment
-    moved = (log_alpha + group_lr * ascent).log_softmax(dim=-1)
+    if isinstance(extra, torch.Tensor) or extra:
+        ascent = ascent + extra
+    moved = (log_alpha + rate * ascent).log_softmax(dim=-1)
     return moved if moved.dtype is log_alpha.dtype else moved.to(log_alpha.dtype)
 
 
@@ -100,7 +90,7 @@ class GroupWeights(nn.Module):
         estimator: "importance" or "group_mean", what drives alpha (never what is trained on).
         prior: "uniform", "proportional" (N_g / N), or (G,) positive numbers: alpha at the start, and what
             ``mixing`` mixes in.
-        mixing: share of the prior in the alpha used, in [0, 1]: a floor under every group's weight.
+        mixing: fraction of the prior in the alpha used, in [0, 1]: a floor under every group's weight.
         size_adjustment: C >= 0 of C / sqrt(N_g).
         sampling_probs: (G,) q, the chance that a drawn pair is of each group; None for N_g / N.
         process_group: ranks whose batches form the global batch; None for the default group where one stands.
@@ -149,9 +139,9 @@ class GroupWeights(nn.Module):
         self.group_sizes = tuple(sizes)
 
         counts = torch.tensor(sizes, dtype=torch.float64)
-        share = counts / counts.sum()
-        q = share if sampling_probs is None else simplex("sampling_probs", sampling_probs, len(sizes))
-        start = prior_of(prior, share)
+        fractions = counts / counts.sum()
+        q = fractions if sampling_probs is None else simplex("sampling_probs", sampling_probs, len(sizes))
+        start = prior_of(prior, fractions)
         self.register_buffer("prior", start, persistent=False)
         self.register_buffer("sampling_probs", q, persistent=False)
         self.register_buffer("adjustment", float(size_adjustment) / counts.sqrt(), persistent=False)
@@ -315,7 +305,7 @@ class GroupWeights(nn.Module):
             divisor, present = counts.clamp(min=1), counts > 0
         adjustment = self.adjustment * present if self.size_adjustment else 0.0
         log_alpha = self.log_alpha
-        moved = _stepped(log_alpha, sums / divisor, self.group_lr, adjustment)
+        moved = exponentiated_step(log_alpha, sums / divisor, self.group_lr, adjustment=adjustment)
         # No sum is finite that one NaN or infinity went into; those of the groups have gone into log alpha.
         check = total + moved.sum()
         if values_are_readable(log_alpha):  # a look costs less there than doing without

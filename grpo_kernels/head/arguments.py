@@ -1,7 +1,8 @@
 """The arguments of the functions from hidden states, read once: checked, normalised, and immutable from here on.
 
     HeadSettings    what forward and backward need of a call besides tensors; stays on the autograd node
-    HeadArguments   these, and the LossArguments of what is made of the token log-probabilities
+    HeadInputs      its tensors, as they go through autograd
+    HeadArguments   the settings, and the LossArguments of what is made of the token log-probabilities
 
 A field of HeadSettings also goes through the operators of ``ops.py`` (``to_schema``, ``from_schema``).
 """
@@ -52,6 +53,15 @@ class HeadSettings(NamedTuple):
     """Of the tile operations."""
     separate_tiles: bool = True
     """Kept tiles in a tensor each, which backward frees one by one; an operator has to return one for all."""
+
+
+class HeadInputs(NamedTuple):
+    """The tensors that the head reads; (rows, H) and so on, as :meth:`HeadArguments.from_hidden` gives them."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    targets: torch.Tensor
 
 
 class HeadArguments(NamedTuple):

@@ -11,7 +11,8 @@ import torch
 
 from ..loss.autograd import strictly_once_differentiable
 from . import ops
-from .arguments import HeadArguments, HeadSettings
+from .arguments import HeadArguments, HeadInputs, HeadSettings
+from .linear_head import Saved
 
 
 class LinearTokenLogps(torch.autograd.Function):
@@ -31,26 +32,27 @@ class LinearTokenLogps(torch.autograd.Function):
     ) -> torch.Tensor:
         """(rows, H), (V, H), (V,) and (rows,) int64 → (rows,)."""
         needs = tuple(settings.grad and need for need in ctx.needs_input_grad[:3])
-        logps, *saved = ops.forward(hidden, weight, bias, targets, needs, settings)
+        inputs = HeadInputs(hidden, weight, bias, targets)
+        logps, saved = ops.forward(inputs, needs, settings)
         if not (needs[1] or needs[2]):
             # Backward will ask for shape and dtype only; what it saves must not keep a frozen head's inputs alive.
-            ctx.save_for_backward(hidden.new_empty(()).expand(hidden.shape), None, None, None, *saved)
+            ctx.save_for_backward(hidden.new_empty(()).expand(hidden.shape), None, None, None, *saved.tensors())
         else:
-            ctx.save_for_backward(hidden, weight, bias, targets, *saved)
+            ctx.save_for_backward(*inputs, *saved.tensors())
         ctx.needs, ctx.settings = needs, settings
         return logps
 
     @staticmethod
     @strictly_once_differentiable
     def backward(ctx: Any, grad_logps: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, bias, targets, index, count_is_right, *saved = ctx.saved_tensors
+        hidden, weight, bias, targets, *tensors = ctx.saved_tensors
+        saved = Saved.of(tensors)
+        tensors.clear()  # so that `saved` alone holds them
         if hasattr(ctx, "maybe_clear_saved_tensors"):
             # Unless the graph is retained: a kept tile then goes when it has been used, and its memory to dW.
             ctx.maybe_clear_saved_tensors()
-        grads = ops.backward(
-            grad_logps, hidden, weight, bias, targets, index, count_is_right, saved, ctx.needs, ctx.settings
-        )
-        return (*grads, None, None)
+        inputs = HeadInputs(hidden, weight, bias, targets)
+        return (*ops.backward(grad_logps, inputs, saved, ctx.needs, ctx.settings), None, None)
 
 
 def _save_compiled(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from .. import distributed
-from .arguments import HeadSettings
+from .arguments import HeadInputs, HeadSettings
 from .plan import Plan, Tile, accumulation_dtype, make_plan, row_chunk_elements
 from .target import TargetOdds, target_odds
 
@@ -40,7 +40,11 @@ must fit into the scale of a tile whose running top was lower (see :func:`_finis
 class Saved:
     """What forward hands to backward, which lets go of each once it was used; None where no gradient needs it."""
 
-    unit_grad: Any
+    index: Any = None
+    """(labelled rows,) which rows have a target."""
+    count_is_right: Any = None
+    """() whether ``num_labelled`` was; None where it was not told."""
+    unit_grad: Any = None
     """(rows, H) accumulation dtype: d logp / d hidden."""
     top: Any = None
     """(rows,) the largest logit besides the target's."""
@@ -56,72 +60,51 @@ class Saved:
     @classmethod
     def of(cls, tensors: Sequence[Any]) -> Saved:
         """From :meth:`tensors`."""
-        unit_grad, top, share, miss, kept_scale, *kept = tensors
-        return cls(unit_grad, top, share, miss, kept_scale, kept)
+        index, count_is_right, unit_grad, top, share, miss, kept_scale, *kept = tensors
+        return cls(index, count_is_right, unit_grad, top, share, miss, kept_scale, kept)
 
     def tensors(self) -> list[Any]:
-        return [self.unit_grad, self.top, self.share, self.miss, self.kept_scale, *self.kept]
+        vectors = self.top, self.share, self.miss, self.kept_scale
+        return [self.index, self.count_is_right, self.unit_grad, *vectors, *self.kept]
 
 
-def token_logps_fwd(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    needs: Sequence[bool],
-    settings: HeadSettings,
-) -> tuple[Any, ...]:
-    """(rows, H), (V, H), (V,), (rows,) → log-probabilities (rows,), 0 where ignored; and what backward needs.
-
-    That is ``index`` of the labelled rows, ``right`` (whether ``num_labelled`` was; None where it was not told), and
-    the tensors of :class:`Saved`.
-    """
-    index, right = _labelled_rows(targets, settings.ignore_index, settings.num_labelled)
-    plan = _plan_of(hidden, weight, index, needs, settings)
-    x, words = hidden[index].to(plan.dtype), _local(targets[index], settings)
-    found, saved = _sweep(x, weight, bias, words, targets.shape[0], plan, settings)
-    if right is not None:
-        found.masked_fill_(~right, torch.nan)
+def token_logps_fwd(inputs: HeadInputs, needs: Sequence[bool], settings: HeadSettings) -> tuple[torch.Tensor, Saved]:
+    """(rows, H), (V, H), (V,), (rows,) → log-probabilities (rows,), 0 where ignored; and what backward needs."""
+    targets = inputs.targets
+    index, count_is_right = _labelled_rows(targets, settings.ignore_index, settings.num_labelled)
+    plan = _plan_of(inputs, index, needs, settings)
+    x, words = inputs.hidden[index].to(plan.dtype), _local(targets[index], settings)
+    found, saved = _sweep(x, inputs.weight, inputs.bias, words, targets.shape[0], plan, settings)
+    saved.index, saved.count_is_right = index, count_is_right
+    if count_is_right is not None:
+        found.masked_fill_(~count_is_right, torch.nan)
     logps = torch.zeros(targets.shape, dtype=found.dtype, device=found.device).index_copy_(0, index, found)
-    if right is not None:
+    if count_is_right is not None:
         # Even the rows that were told to be labelled and are not, and the other way round: no number of them is true.
-        logps.masked_fill_(~right, torch.nan)
-    return (logps, index, right, *saved.tensors())
+        logps.masked_fill_(~count_is_right, torch.nan)
+    return logps, saved
 
 
-def hidden_gradient(
-    grad_logps: torch.Tensor,
-    unit_grad: torch.Tensor,
-    index: torch.Tensor,
-    shape: torch.Size,
-    dtype: torch.dtype,
-    settings: HeadSettings,
-) -> torch.Tensor:
+def hidden_gradient(grad_logps: torch.Tensor, inputs: HeadInputs, saved: Saved, settings: HeadSettings) -> torch.Tensor:
     """``dh[index] = c * unit_grad`` and 0 elsewhere, a few rows at a time; summed over ranks before it is rounded."""
+    unit_grad, (shape, dtype) = saved.unit_grad, (inputs.hidden.shape, inputs.hidden.dtype)
     grad_hidden = torch.zeros(shape, dtype=dtype, device=unit_grad.device)
     elements = row_chunk_elements(shape[-1], settings.dtype, unit_grad.device, shared=settings.shard is not None)
     for part in _row_chunks(unit_grad, elements):
         rows = unit_grad[part] * grad_logps[part].unsqueeze(1)
         if settings.shard is not None:
             distributed.all_reduce_sum_(rows, distributed.group_named(settings.shard.group))
-        grad_hidden.index_copy_(0, index[part], rows.to(dtype))
+        grad_hidden.index_copy_(0, saved.index[part], rows.to(dtype))
     return grad_hidden
 
 
 def weight_gradient(
-    grad_logps: torch.Tensor,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    index: torch.Tensor,
-    saved: Saved,
-    needs: Sequence[bool],
-    settings: HeadSettings,
+    grad_logps: torch.Tensor, inputs: HeadInputs, saved: Saved, needs: Sequence[bool], settings: HeadSettings
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(labelled rows,) gradients of the log-probabilities → gradients of weight and bias, as ``needs`` asks for."""
-    plan = _plan_of(hidden, weight, index, needs, settings)
-    x, targets = hidden[index].to(plan.dtype), _local(targets[index], settings)
+    hidden, weight, bias, targets = inputs
+    plan = _plan_of(inputs, saved.index, needs, settings)
+    x, targets = hidden[saved.index].to(plan.dtype), _local(targets[saved.index], settings)
     accumulate = accumulation_dtype(plan.dtype)
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
     grad_bias = torch.empty(plan.vocabulary, dtype=accumulate, device=x.device) if needs[2] else None
@@ -179,9 +162,8 @@ def _local(targets: torch.Tensor, settings: HeadSettings) -> torch.Tensor:
     return targets if settings.shard is None else targets - settings.shard.start
 
 
-def _plan_of(
-    hidden: torch.Tensor, weight: torch.Tensor, index: torch.Tensor, needs: Sequence[bool], settings: HeadSettings
-) -> Plan:
+def _plan_of(inputs: HeadInputs, index: torch.Tensor, needs: Sequence[bool], settings: HeadSettings) -> Plan:
+    hidden, weight = inputs.hidden, inputs.weight
     return make_plan(
         index.shape[0], hidden.shape[1], weight.shape[0], settings.dtype, hidden.device, settings.memory_budget,
         grad_hidden=needs[0], grad_weight=needs[1] or needs[2],
@@ -246,7 +228,7 @@ def _sweep(
         scale = share * 2.0**KEPT_SHIFT if kept else share
         _finish_unit_grad(total, weight, targets, odds.target_logit, miss, scale, plan, settings)
     if not plan.grad_weight:
-        return logps, Saved(total)
+        return logps, Saved(unit_grad=total)
     kept_scale = None
     if kept:
         kept_scale = torch.stack(tops).sub_(top)
@@ -257,7 +239,7 @@ def _sweep(
             )
         else:
             _finish_kept(views, kept_tiles, kept_scale, targets, picked, rest, share, settings)
-    return logps, Saved(total, top.clone(), share, miss, kept_scale, kept)
+    return logps, Saved(None, None, total, top.clone(), share, miss, kept_scale, kept)
 
 
 def _odds(

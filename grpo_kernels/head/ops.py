@@ -17,46 +17,34 @@ from torch import Tensor
 from ..loss.ops import OperatorBackend
 from ..vocab.shards import Shard
 from . import linear_head
-from .arguments import HeadSettings, tile_backend
+from .arguments import HeadInputs, HeadSettings, tile_backend
 from .plan import accumulation_dtype
 
 
-def forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, needs: Sequence[bool], settings: HeadSettings
-) -> tuple[Any, ...]:
+def forward(inputs: HeadInputs, needs: Sequence[bool], settings: HeadSettings) -> tuple[Tensor, linear_head.Saved]:
     """As :func:`linear_head.token_logps_fwd`, with autocast off: ``settings.dtype`` is what it asked for."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        return linear_head.token_logps_fwd(hidden, weight, bias, targets, needs, settings)
+    with torch.autocast(inputs.hidden.device.type, enabled=False):
+        return linear_head.token_logps_fwd(inputs, needs, settings)
 
 
 def backward(
-    grad_logps: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    index: Tensor,
-    count_is_right: Tensor | None,
-    saved: list[Any],
-    needs: Sequence[bool],
-    settings: HeadSettings,
+    grad_logps: Tensor, inputs: HeadInputs, saved: linear_head.Saved, needs: Sequence[bool], settings: HeadSettings
 ) -> tuple[Any, ...]:
     """Gradients of hidden, weight and bias, None where they are not needed.
 
-    Of ``hidden``, ``weight`` and ``bias`` a frozen head reads the shape and dtype alone.  Empties ``saved``.
+    Of ``inputs`` a frozen head reads the shape and dtype of hidden alone.  ``saved`` is emptied, each field after its
+    use.
     """
     with torch.autocast(grad_logps.device.type, enabled=False):
-        c = grad_logps[index]
-        if count_is_right is not None:
-            c = c.masked_fill(~count_is_right, torch.nan)
-        fields = linear_head.Saved.of(saved)
-        saved.clear()  # so that `fields` alone keeps them, and frees each after its use
+        c = grad_logps[saved.index]
+        if saved.count_is_right is not None:
+            c = c.masked_fill(~saved.count_is_right, torch.nan)
         grads: list[Any] = [None, None, None]
         if needs[0]:
-            grads[0] = linear_head.hidden_gradient(c, fields.unit_grad, index, hidden.shape, hidden.dtype, settings)
-            fields.unit_grad = None
+            grads[0] = linear_head.hidden_gradient(c, inputs, saved, settings)
+            saved.unit_grad = None
         if needs[1] or needs[2]:
-            grads[1:] = linear_head.weight_gradient(c, hidden, weight, bias, targets, index, fields, needs, settings)
+            grads[1:] = linear_head.weight_gradient(c, inputs, saved, needs, settings)
         return tuple(grads)
 
 
@@ -123,11 +111,10 @@ def linear_token_logps_fwd(
         hidden.device, dtype, ignore_index, num_labelled, memory_budget, softcap, logit_scale, grad, group, start,
         vocabulary, backend,
     )  # fmt: skip
-    logps, index, count_is_right, *saved = forward(hidden, weight, bias, targets, needs, settings)
-    fields = linear_head.Saved.of(saved)
-    if fields.kept_scale is None and (needs[1] or needs[2]):
-        fields.kept_scale = logps.new_empty(0, index.shape[0])  # no tile was kept, of as many rows
-    results = [logps, index, count_is_right, *fields.tensors(), *([] if fields.kept else [None])]
+    logps, saved = forward(HeadInputs(hidden, weight, bias, targets), needs, settings)
+    if saved.kept_scale is None and (needs[1] or needs[2]):
+        saved.kept_scale = logps.new_empty(0, saved.index.shape[0])  # no tile was kept, of as many rows
+    results = [logps, *saved.tensors(), *([] if saved.kept else [None])]
     return [_nothing(hidden) if result is None else result for result in results]
 
 
@@ -175,12 +162,13 @@ def linear_token_logps_bwd(
         hidden.device, dtype, ignore_index, num_labelled, memory_budget, softcap, logit_scale, grad, group, start,
         vocabulary, backend,
     )  # fmt: skip
-    count_is_right = None if num_labelled is None else count_is_right
     *fields, kept_scale, kept = saved
     tiles = [kept] if kept_scale.shape[0] else []
+    told = None if num_labelled is None else count_is_right
     grads = backward(
-        grad_logps, hidden, weight, bias, targets, index, count_is_right, [*fields, kept_scale, *tiles], needs, settings
-    )
+        grad_logps, HeadInputs(hidden, weight, bias, targets),
+        linear_head.Saved.of([index, told, *fields, kept_scale, *tiles]), needs, settings,
+    )  # fmt: skip
     return [_nothing(hidden) if result is None else result for result in grads]
 
 

@@ -66,7 +66,7 @@ class PreferenceLoss(torch.autograd.Function):
         ctx: Any, token_logps: torch.Tensor, results: PairResults, rows: Rows
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(results.slopes, results.weights, results.lengths, rows.cu_seqlens)
-        ctx.num_rows = rows.num_rows
+        ctx.num_rows = token_logps.shape[0]  # a size of its own input, which a compiled graph of any shape knows
         ctx.set_materialize_grads(False)
         return results.loss, results.policy_logps
 
@@ -120,13 +120,13 @@ class SequenceSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, rows: Rows) -> torch.Tensor:
         ctx.save_for_backward(rows.cu_seqlens)
-        ctx.num_rows = rows.num_rows
+        num_rows = ctx.num_rows = values.shape[0]
         if rows.cu_seqlens is None:
-            length = rows.num_rows // max(rows.num_sequences, 1)
+            length = num_rows // max(rows.num_sequences, 1)
             sums = values.view(rows.num_sequences, length).sum(dim=1, dtype=torch.float64)
         else:
             # A wrong boundary may give a wrong sum, never a stray read.
-            edges = rows.cu_seqlens.long().clamp(0, rows.num_rows)
+            edges = rows.cu_seqlens.long().clamp(0, num_rows)
             sums = torch.segment_reduce(values.double(), "sum", offsets=edges, initial=0, unsafe=True)
         return sums.to(values.dtype)
 

@@ -102,7 +102,7 @@ def _everyone(report: Report) -> Iterator[tuple[str, str, str, Candidate, str]]:
 
 
 def as_table(report: Report) -> str:
-    """The lines of ``backends/triton/table.py`` and ``linear_plan.py`` that would hold what was found."""
+    """The lines of ``backends/triton/table.py`` and ``head/plan.py`` that would hold what was found."""
     device = cache.describe_device(report.shape.device)
     found = cache.versions()
     lines = [
@@ -127,7 +127,7 @@ def as_table(report: Report) -> str:
             if operation == "tile of the head":
                 value *= report.shape.rows * report.shape.dtype.itemsize
             line = form.format(device=report.shape.device.type, value=value)
-            lines.append(f"\n# linear_plan.py: {line}")
+            lines.append(f"\n# head/plan.py: {line}")
     return "\n".join(lines) + "\n"
 
 

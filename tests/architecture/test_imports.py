@@ -225,6 +225,33 @@ def test_only_autograd_py_of_the_loss_and_of_the_head_knows_ctx():
         assert "ctx" not in names or module_of(path)[1:] in {("loss", "autograd"), ("head", "autograd")}, where(path)
 
 
+def test_there_are_five_autograd_functions_and_no_more():
+    """One a step that has a gradient of its own; every other way of combining them is composition."""
+    found = [
+        (where(path), node.name)
+        for path in FILES
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.ClassDef) and any(ast.unparse(base).endswith("Function") for base in node.bases)
+    ]
+    assert {file for file, _ in found} == {"grpo_kernels/loss/autograd.py", "grpo_kernels/head/autograd.py"}
+    assert len(found) <= 5, found
+
+
+COMPUTE = ("loss/pairs", "loss/autograd", "loss/functional", "loss/ops", "head/functional", "head/autograd", "head/ops",
+           "head/linear_head", "head/target", "head/plan", "vocab/parallel")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPUTE)
+def test_what_computes_checks_no_argument(name):
+    """Arguments are refused where they are read; vocab/parallel.py refuses what ranks have told one another."""
+    raised = {
+        ast.unparse(node.exc.func)
+        for node in ast.walk(tree_of(PACKAGE / f"{name}.py"))
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)
+    }
+    assert not raised & {"TypeError", "ValueError"} or name == "vocab/parallel"
+
+
 @pytest.mark.parametrize("path", FILES, ids=where)
 def test_no_file_is_too_long_to_read(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 450

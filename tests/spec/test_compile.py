@@ -6,7 +6,17 @@ import pytest
 import torch
 from helpers import make_batch
 
-from grpo_kernels import GroupWeights, available_backends, fused_grpo_loss, fused_linear_grpo_loss, preference_loss
+from grpo_kernels import (
+    GroupWeights,
+    available_backends,
+    fused_grpo_loss,
+    fused_linear_grpo_loss,
+    linear_sequence_logps,
+    linear_token_logps,
+    preference_loss,
+    sequence_logps,
+    token_logps,
+)
 from grpo_kernels.types import LOSS_TYPES
 
 HERE = [name for name, reason in available_backends().items() if reason is None and name in ("cpu", "torch")]
@@ -143,4 +153,46 @@ def test_the_head_and_preference_loss_compile_whole(frozen):
         results.append([loss, alpha, h.grad, *([] if frozen else [w.grad])])
     for plain, compiled in zip(*results, strict=True):
         assert torch.equal(plain, compiled)
+    torch.compiler.reset()
+
+
+SHAPES = ((4, 5), (4, 6), (3, 6))
+"""Pairs and tokens."""
+
+
+def inputs_of(pairs, length, packed):
+    """Hidden (packed or padded), weight, labels, group ids, and where sequences begin."""
+    generator = torch.Generator().manual_seed(10 * pairs + length)
+    shape = (2 * pairs * length,) if packed else (2 * pairs, length)
+    hidden, weight = torch.randn(*shape, 5, generator=generator), torch.randn(13, 5, generator=generator)
+    labels = torch.randint(0, 13, shape, generator=generator)
+    edges = torch.arange(0, 2 * pairs * length + 1, length, dtype=torch.int32) if packed else None
+    return hidden.requires_grad_(), weight.requires_grad_(), labels, torch.arange(pairs) % 3, edges
+
+
+STEPS = {
+    "fused_grpo_loss": lambda h, w, y, g, cu: fused_grpo_loss(h @ w.t(), y, None, g, W, cu_seqlens=cu).loss,
+    "token_logps": lambda h, w, y, g, cu: token_logps(h @ w.t(), y, cu_seqlens=cu).square().sum(),
+    "sequence_logps": lambda h, w, y, g, cu: sequence_logps(h @ w.t(), y, cu_seqlens=cu).square().sum(),
+    "preference_loss": lambda h, w, y, g, cu: (
+        preference_loss(sequence_logps(h @ w.t(), y, cu_seqlens=cu), None, g, W).loss
+    ),
+    "fused_linear_grpo_loss": lambda h, w, y, g, cu: fused_linear_grpo_loss(h, w, y, None, g, W, cu_seqlens=cu).loss,
+    "linear_token_logps": lambda h, w, y, g, cu: linear_token_logps(h, w, y, cu_seqlens=cu).square().sum(),
+    "linear_sequence_logps": lambda h, w, y, g, cu: linear_sequence_logps(h, w, y, cu_seqlens=cu).square().sum(),
+}
+W = torch.tensor([0.5, 1.0, 2.0])
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("name", STEPS)
+def test_a_compiled_step_takes_batches_of_other_shapes(name, packed):
+    """As the batches of a training loop are; the second shape makes sizes symbolic."""
+    compiled = torch.compile(STEPS[name], fullgraph=True, backend="aot_eager")
+    for shape in SHAPES:
+        inputs = inputs_of(*shape, packed)
+        plain, found = STEPS[name](*inputs), compiled(*inputs)
+        assert torch.equal(plain, found)
+        for a, b in zip(*(torch.autograd.grad(out, inputs[:2]) for out in (plain, found)), strict=True):
+            torch.testing.assert_close(a, b)
     torch.compiler.reset()

@@ -99,8 +99,8 @@ class GroupSampler:
         Returns:
             ``batch_size / world_size`` indices of pairs.
         """
-        share = self.batch_size // self.world_size
-        return self.whole_batch(step)[self.rank * share : (self.rank + 1) * share]
+        pairs = self.batch_size // self.world_size
+        return self.whole_batch(step)[self.rank * pairs : (self.rank + 1) * pairs]
 
     def whole_batch(self, step: int) -> list[int]:
         """Batch number ``step`` of all ranks together, which does not depend on how many there are.

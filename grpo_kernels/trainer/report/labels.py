@@ -36,8 +36,8 @@ def value_of_worst(
     steps, values = curve
     low, high = axis.get_ylim()
     # Above the point, or below it where the text would leave the panel.
-    share = (values[-1] - low) / (high - low)
-    down = share > 0.88 or (below and share > 0.14)
+    fraction = (values[-1] - low) / (high - low)
+    down = fraction > 0.88 or (below and fraction > 0.14)
     axis.annotate(
         "worst " + form.format(values[-1]),
         (steps[-1], values[-1]),
@@ -100,20 +100,20 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
             total, members = groups.pop()
             groups[-1][0] += total - groups[-1][1] * members * gap
             groups[-1][1] += members
-    apart = [_start(group) + k * gap for group in groups for k in range(int(group[1]))]
-    shift_up = max(0.0, -apart[0]) if apart else 0.0
-    shift_down = max(0.0, apart[-1] - 1) if apart else 0.0
+    places_out = [_start(group) + k * gap for group in groups for k in range(int(group[1]))]
+    shift_up = max(0.0, -places_out[0]) if places_out else 0.0
+    shift_down = max(0.0, places_out[-1] - 1) if places_out else 0.0
     if shift_up and not shift_down:
         floor = 0.0
-        for k, place in enumerate(apart):
-            apart[k] = max(place, floor)
-            floor = apart[k] + gap
+        for k, place in enumerate(places_out):
+            places_out[k] = max(place, floor)
+            floor = places_out[k] + gap
     elif shift_down and not shift_up:
         ceiling = 1.0
-        for k in range(len(apart) - 1, -1, -1):
-            apart[k] = min(apart[k], ceiling)
-            ceiling = apart[k] - gap
-    return apart
+        for k in range(len(places_out) - 1, -1, -1):
+            places_out[k] = min(places_out[k], ceiling)
+            ceiling = places_out[k] - gap
+    return places_out
 
 
 def _start(group: Sequence[float]) -> float:
