@@ -13,6 +13,7 @@ import os
 import torch  # before _cpu, so that both share one OpenMP runtime and torch's threads
 
 from ._native import (
+    CPU,
     DTYPES,
     backward_arguments,
     forward_arguments,
@@ -28,7 +29,6 @@ except ImportError as error:  # no C++ compiler when the package was installed
     _cpu = None
     _import_error = error
 
-_CPU = torch.device("cpu")
 
 _TASKS = "/proc/self/task"
 _had_threads = _alone = False
@@ -84,7 +84,7 @@ def token_logps_fwd(
     logits: torch.Tensor, targets: torch.Tensor, logps: torch.Tensor, lse: torch.Tensor, *, ignore_index: int
 ) -> None:
     """``logps[r] = z[r, y_r] - lse_r``; see ``boundary.py``."""
-    arguments = forward_arguments(_CPU, logits, targets, logps, lse, ignore_index)
+    arguments = forward_arguments(CPU, logits, targets, logps, lse, ignore_index)
     _cpu.token_logps_fwd(*arguments, _threads())
 
 
@@ -98,7 +98,7 @@ def token_logps_bwd(
     ignore_index: int,
 ) -> None:
     """``dz[r, v] = c_r ((v == y_r) - exp(z[r, v] - lse_r))``, in place or not; see ``boundary.py``."""
-    arguments = backward_arguments(_CPU, logits, targets, lse, grad_logps, grad_logits, ignore_index)
+    arguments = backward_arguments(CPU, logits, targets, lse, grad_logps, grad_logits, ignore_index)
     _cpu.token_logps_bwd(*arguments, _threads())
 
 
@@ -127,7 +127,7 @@ def preference_tail(
 ) -> None:
     """Token log-probabilities to losses, slopes and group sums; see ``boundary.py``."""
     arguments = tail_arguments(
-        _CPU, token_logps, targets, cu_seqlens, ref_logps, group_ids, pair_weights,
+        CPU, token_logps, targets, cu_seqlens, ref_logps, group_ids, pair_weights,
         policy_logps, lengths, margins, rewards, losses, slopes, group_sums, group_counts, group_losses,
         length_normalize,
     )  # fmt: skip
@@ -143,7 +143,7 @@ def robust_loss(
     loss: torch.Tensor,
 ) -> None:
     """``loss = (1/B) sum_i w[g_i] l_i``; see ``boundary.py``."""
-    _cpu.robust_loss(*robust_loss_arguments(_CPU, losses, group_ids, group_weights, weights, loss))
+    _cpu.robust_loss(*robust_loss_arguments(CPU, losses, group_ids, group_weights, weights, loss))
 
 
 def integer_range(integers: torch.Tensor, ignored: int) -> tuple[int, int]:
@@ -171,7 +171,7 @@ def head_tile_fwd(
     shift: float,
 ) -> None:
     """Carry (top, rest, picked) past one tile and write its exponentials; see ``boundary.py``."""
-    arguments = tile_fwd_arguments(_CPU, logits, bias, targets, top, rest, picked, factor, exps)
+    arguments = tile_fwd_arguments(CPU, logits, bias, targets, top, rest, picked, factor, exps)
     _cpu.head_tile_fwd(*arguments, 2.0**-shift, start, softcap, logit_scale, _threads())
 
 
@@ -189,5 +189,5 @@ def head_tile_bwd(
     logit_scale: float,
 ) -> None:
     """The gradient of one tile of the GEMM's output; see ``boundary.py``."""
-    arguments = tile_bwd_arguments(_CPU, logits, bias, targets, top, scale, at_target, grads)
+    arguments = tile_bwd_arguments(CPU, logits, bias, targets, top, scale, at_target, grads)
     _cpu.head_tile_bwd(*arguments, start, softcap, logit_scale, _threads())
