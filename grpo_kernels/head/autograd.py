@@ -1,6 +1,8 @@
 """The autograd Function of the LM head, and the same for a compiled step.
 
-hidden (rows, H), weight (V, H), bias (V,) → log-probability of each row's target; from there on loss/autograd.py
+    hidden (rows, H), weight (V, H), bias (V,) → log-probability of each row's target
+
+From there on it is ``loss/autograd.py``.
 """
 
 from __future__ import annotations

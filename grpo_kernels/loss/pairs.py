@@ -1,7 +1,9 @@
 """From the log-probability of each row to losses, slopes and group weights; outside of autograd.
 
-log pi = sum_t p_t,   m_i = (log pi - log pi_ref)_chosen - (...)_rejected,   l_i = l(m_i),   s_i = dl_i/dm_i
-log alpha <- the exponentiated step, where it moves;   w_i = alpha[g_i] / q[g_i],   loss = (1/B) sum_i w_i l_i
+    log pi = sum_t p_t,   m_i = (log pi - log pi_ref)_chosen - (...)_rejected,   l_i = l(m_i),   s_i = dl_i/dm_i
+    log alpha <- the exponentiated step, where it moves;   w_i = alpha[g_i] / q[g_i],   loss = (1/B) sum_i w_i l_i
+
+Sums and losses are the backend's, the step of alpha is that of ``groups/weights.py``.
 """
 
 from __future__ import annotations
