@@ -1,7 +1,7 @@
 """Who computes: the backends, the boundary that they share, and the rule by which one is chosen for a call.
 
 A backend is a module with the functions of ``boundary.py``, over tensors that the caller allocates; losses, gradients
-and groups are the concern of whoever calls it.  :func:`choose` gives the one for a device and a dtype.
+and groups are the concern of the caller.  :func:`choose` gives the one for a device and a dtype.
 
     boundary.py      what each function computes, of which shapes and dtypes; ``Backend``, ``OPERATIONS``
     __init__.py      the registry, ``PROVEN``, and the rule of "auto"

@@ -19,7 +19,7 @@ from .plan import Plan
 
 
 class TargetOdds(NamedTuple):
-    """(rows,) each, over all tokens of the vocabulary, whoever holds them."""
+    """(rows,) each, over all tokens of the vocabulary, on whichever rank they are."""
 
     log_odds: Tensor
     """log((1 - p[y]) / p[y])."""

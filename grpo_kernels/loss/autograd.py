@@ -2,7 +2,7 @@
 
     TokenLogps       logits → p_t                               one read forward; one read and one write backward
     SequenceSum      p_t → log pi of each sequence
-    PreferenceLoss   p_t, whoever made them → loss, log pi      backward: one number a row, c_t
+    PreferenceLoss   p_t, from any source → loss, log pi       backward: one number a row, c_t
     FusedLoss        logits → loss, log pi                      TokenLogps and PreferenceLoss in one node
 
 In ``c_t`` the slopes, the group weights and whatever else was added to the log-probabilities have already met, so the
@@ -164,7 +164,7 @@ def _logits_gradient(
         _block(logits), targets, lse, grad_logps.contiguous(), _block(grad), ignore_index=ctx.ignore_index
     )
     if ctx.overwrite_logits:
-        # As after any in-place operation: whoever saved these logits, this node too, must not use them again.
+        # As after any in-place operation: a node that saved these logits, this one too, must not use them again.
         torch.autograd.graph.increment_version(logits)
     return grad
 

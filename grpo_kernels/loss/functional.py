@@ -196,6 +196,6 @@ def sequence_logps(
 
 
 def loss_of_token_logps(token_logps: torch.Tensor, arguments: LossArguments) -> GroupLossOutput:
-    """The loss as a function of (rows,) token log-probabilities, whoever made them; not public."""
+    """The loss as a function of (rows,) token log-probabilities from any source; not public."""
     results = pair_results(token_logps.detach(), arguments)
     return results.output(*PreferenceLoss.apply(token_logps, results, arguments.rows))

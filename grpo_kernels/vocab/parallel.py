@@ -9,7 +9,7 @@ and all take the same steps over what was gathered, in the order of ranks and in
 
     total = log sum_r exp(seen_r + base_r),   z[y] = base_r of the rank that holds y
     from logits   lse = total,  logp = z[y] - total
-    the head      log-odds against y = total - z[y]    (head/target.py goes on from there)
+    the head      log-odds against y = total - z[y]    (continued in head/target.py)
 
 A logit is what it is in any dtype and the sum is near it, so that two float32 numbers lose nothing that one process
 has, however large the logits: an lse in float32 would be off by 5e-4 at 1e4.
@@ -42,7 +42,7 @@ def exchange(
     """
     ranges = agree(shard, num_tokens, facts)
     vocabulary = max(held.stop for held in ranges)
-    # With the payload, since on a device nobody waits to look at labels: a rank that was fed another batch shows.
+    # With the payload, since on a device labels are not looked at: a rank with another batch is noticed here.
     gathered = distributed.all_gather(torch.cat([sent, _fingerprint(targets).to(sent.dtype)], dim=1), shard.group)
     same = (gathered[:, :, -1] == gathered[0, :, -1]).all()
     if values_are_readable(targets):
@@ -57,7 +57,7 @@ def exchange(
 
 
 def _combine(gathered: Tensor, targets: Tensor, ranges: list[TokenRange]) -> tuple[Tensor, Tensor]:
-    """(ranks, 2, rows) → (rows,) float64 ``total`` and z[y], which is NaN where nobody holds y."""
+    """(ranks, 2, rows) → (rows,) float64 ``total`` and z[y], which is NaN where no rank holds y."""
     total = torch.full(targets.shape, -torch.inf, dtype=torch.float64, device=targets.device)
     target_logit = torch.full_like(total, torch.nan)
     for (base, seen), held in zip(gathered.double(), ranges, strict=True):
@@ -116,9 +116,8 @@ class ShardedBackend:
             torch.stack([base, seen]), targets, num_tokens, group, start, vocabulary, ignore_index, logits.dtype
         )
         logps.copy_((target_logit - total).masked_fill_(ignored, 0))
-        lse.copy_(
-            torch.where(target_logit.isnan(), target_logit, total)
-        )  # and with it backward's row, if nobody has the label
+        # NaN where no rank has the label, and with it the row of the gradient.
+        lse.copy_(torch.where(target_logit.isnan(), target_logit, total))
 
     def token_logps_bwd(self, logits, targets, lse, grad_logps, grad_logits, *, ignore_index) -> None:
         num_tokens = logits.shape[-1]

@@ -1,7 +1,7 @@
 """Which file imports which, read from the source; nothing is run.
 
-Every import statement counts: at the top of a file, inside a function, and under ``if TYPE_CHECKING:``, since whoever
-reads the file has to know of all of them.  A module that is named by a string alone (``importlib``) is not seen.
+Every import statement counts: at the top of a file, inside a function, and under ``if TYPE_CHECKING:``, since a reader
+of the file has to know of all of them.  A module that is named by a string alone (``importlib``) is not seen.
 """
 
 from __future__ import annotations

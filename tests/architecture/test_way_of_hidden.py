@@ -36,7 +36,7 @@ def test_a_reader_of_one_call_opens_few_files_and_none_twice(monkeypatch):
 
 
 def modules_on_the_stack() -> list[str]:
-    """The package's modules of whoever called the caller, the outermost first; consecutive ones of one name once."""
+    """The package's modules among the callers, the outermost first; consecutive ones of one name once."""
     frame, names = sys._getframe(2), []
     while frame is not None:
         names.append(frame.f_globals.get("__name__", ""))

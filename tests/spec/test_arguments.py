@@ -204,7 +204,7 @@ GRAPHS = {
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_a_graph_keeps_no_argument_about_pairs_alive(name):
-    """In the very form that backends take, so that nobody made a copy; what backward needs was computed of them."""
+    """Given in the form that backends take, so that no copy was made; what backward needs was computed from them."""
     tail = [
         GOOD.ref_logps.double().clone(),
         GOOD.group_ids.clone(),

@@ -50,7 +50,7 @@ def plot(
 
 
 def draw(runs: Sequence[Curves], heading: str | None = None) -> Any:
-    """The figure of :func:`plot`, for who wants to add to it."""
+    """The figure of :func:`plot`, for those who want to add to it."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator

@@ -1,4 +1,4 @@
-"""One run on the disk and on the terminal: whatever it writes, and reads again when it goes on.
+"""One run on the disk and on the terminal: what it writes, and reads again when it resumes.
 
 It imports the configuration, ``data`` and ``model``, and none of them imports it.  Evaluation, warm-up, loop and
 ``report`` may: what they find is kept here::
