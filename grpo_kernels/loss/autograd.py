@@ -68,7 +68,8 @@ class PreferenceLoss(torch.autograd.Function):
         ctx.save_for_backward(results.slopes, results.weights, results.lengths, rows.cu_seqlens)
         ctx.num_rows = token_logps.shape[0]  # a size of its own input, which a compiled graph of any shape knows
         ctx.set_materialize_grads(False)
-        return results.loss, results.policy_logps
+        # Detached, or the very tensors that kernels write would become part of the graph.
+        return results.loss.detach(), results.policy_logps.detach()
 
     @staticmethod
     @strictly_once_differentiable
@@ -100,7 +101,7 @@ class FusedLoss(torch.autograd.Function):
         )
         _keep_settings(ctx, arguments)
         ctx.set_materialize_grads(False)
-        return results.loss, results.policy_logps
+        return results.loss.detach(), results.policy_logps.detach()
 
     @staticmethod
     @strictly_once_differentiable
