@@ -19,7 +19,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """The dtypes that logits, hidden states and weights may have."""
 
 _INTEGERS, _SUMS = (torch.int64, torch.int32), (torch.float32, torch.float64)
-_TENSOR, _STRIDED = torch.Tensor, torch.strided  # looked up here, since a small call makes dozens of checks
+# Looked up once, since a small call makes dozens of checks.
+_TENSOR, _STRIDED, _is_transformed = torch.Tensor, torch.strided, torch._C._functorch.is_functorch_wrapped_tensor
+_LOSS_INDEX: dict[str, int] = {name: index for index, name in enumerate(LOSS_TYPES)}
 
 
 def describe(value: Any) -> str:
@@ -46,6 +48,8 @@ def contiguous(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def read_number(name: str, value: Any) -> float:
     """A real number that float64 holds, bool excluded; may be infinite or NaN."""
+    if type(value) is float:
+        return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {describe(value)}")
     try:
@@ -70,7 +74,7 @@ def check_floating(name: str, tensor: Any) -> None:
 
 def check_untransformed(name: str, tensor: torch.Tensor) -> None:
     """Not inside ``torch.func``, whose grad and vmap hand in tensors without memory that a kernel could read."""
-    if not is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if not is_compiling() and _is_transformed(tensor):
         raise TypeError(f"{name} must not be inside a transform of torch.func (grad, vmap); use torch.autograd.grad")
 
 
@@ -79,7 +83,8 @@ def read_loss_settings(beta: Any, loss_type: Any, label_smoothing: Any) -> tuple
     beta_read = read_number("beta", beta)
     if not 0 < beta_read < math.inf:
         raise ValueError(f"beta must be positive and finite, got {beta!r}")
-    if not isinstance(loss_type, str) or loss_type not in LOSS_TYPES:
+    index = _LOSS_INDEX.get(loss_type) if isinstance(loss_type, str) else None
+    if index is None:
         raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {describe(loss_type)}")
     smoothing_read = read_number("label_smoothing", label_smoothing)
     if not 0 <= smoothing_read < 0.5:
@@ -89,7 +94,7 @@ def read_loss_settings(beta: Any, loss_type: Any, label_smoothing: Any) -> tuple
             f"label_smoothing is defined for loss_type {' and '.join(SMOOTHED_LOSS_TYPES)} only, "
             f"got {label_smoothing!r} with {loss_type!r}"
         )
-    return beta_read, LOSS_TYPES.index(loss_type), smoothing_read
+    return beta_read, index, smoothing_read
 
 
 def check_logits(logits: Any, labels: Any, cu_seqlens: Any, *, sharded: bool) -> None:

@@ -182,7 +182,7 @@ class LossArguments(NamedTuple):
 
     @classmethod
     def from_logps(cls, policy_logps: Any, pairs: GivenPairs, *, backend: Any) -> tuple[torch.Tensor, LossArguments]:
-        """Reads the arguments of :func:`preference_loss`: each sequence is one row, whose log-probability is given.
+        """Reads the arguments of :func:`preference_loss`: the log-probability of each sequence is given.
 
         Returns the log-probabilities too, contiguous.
         """
@@ -192,11 +192,13 @@ class LossArguments(NamedTuple):
         if policy_logps.dim() != 1:
             raise ValueError(f"policy_logps must have shape (2B,), got {describe(policy_logps)}")
         read_pairs = Pairs.read(pairs, "policy_logps", policy_logps)
-        num_sequences = policy_logps.shape[0]
-        rows = Rows(num_sequences, num_sequences, None, None, policy_logps.shape, IGNORE_INDEX, False)
         differentiable = torch.is_grad_enabled() and policy_logps.requires_grad
         chosen = pick(backend, policy_logps.device, policy_logps.dtype)
-        return policy_logps.contiguous(), cls(rows, read_pairs, differentiable, False, chosen)
+        return policy_logps.contiguous(), cls(_SUMS, read_pairs, differentiable, False, chosen)
+
+
+_SUMS = Rows(0, 0, None, None, torch.Size(), IGNORE_INDEX, False)
+"""Where log-probabilities of sequences are given: there are no rows that predict anything."""
 
 
 def _read_num_groups(group_weights: Any, device: torch.device) -> int:

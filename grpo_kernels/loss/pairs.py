@@ -81,7 +81,8 @@ def pair_results(token_logps: torch.Tensor, arguments: LossArguments) -> PairRes
         alpha = group_weights.weights
         loss_weights, reported = (alpha / group_weights.sampling_probs).to(loss.dtype), alpha.to(loss.dtype)
     else:
-        loss_weights = reported = contiguous(group_weights.detach(), loss.dtype)
+        plain = group_weights.detach() if group_weights.requires_grad else group_weights
+        loss_weights = reported = contiguous(plain, loss.dtype)
     backend.robust_loss(losses, pairs.group_ids, loss_weights, weights, loss)
     return PairResults(
         loss, policy_logps, losses, slopes, weights, lengths, margins, rewards, group_losses, group_counts, reported

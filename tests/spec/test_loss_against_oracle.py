@@ -119,7 +119,7 @@ def test_small_margins_of_long_replies_are_not_lost():
 @pytest.mark.parametrize("backend", [name for name in ("torch", "cpu") if available_backends()[name] is None])
 def test_a_loss_that_a_backend_lacks_is_an_error_and_not_another_loss(backend, monkeypatch):
     """As when one is added to the names first."""
-    monkeypatch.setattr(arguments, "LOSS_TYPES", (*LOSS_TYPES, "newest"))
+    monkeypatch.setitem(arguments._LOSS_INDEX, "newest", len(LOSS_TYPES))
     monkeypatch.setattr(torch_ops, "LOSS_TYPES", (*LOSS_TYPES, "newest"))
     logps, ids = torch.tensor([-1.0, -2.0]), torch.tensor([0])
     with pytest.raises(ValueError, match=r"newest|loss"):
