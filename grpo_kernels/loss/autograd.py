@@ -59,7 +59,7 @@ class TokenLogps(torch.autograd.Function):
 
 
 class PreferenceLoss(torch.autograd.Function):
-    """Token log-probabilities → (loss, policy_logps), both of which carry gradients."""
+    """Token log-probabilities → (loss, policy_logps), both of which carry gradients; backward gives c_t."""
 
     @staticmethod
     def forward(
